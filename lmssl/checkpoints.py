@@ -1,0 +1,174 @@
+"""Checkpoints that are whole or not there: staged, hashed, synced, renamed, verified, rotated.
+
+A save writes into a staging folder, then a manifest with the sha256 of every file, syncs files and folder to disk,
+and only then renames the folder to `checkpoint-N`. A folder without a manifest, or whose files differ from it, never
+counts as a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lmssl.errors import UserError
+
+MANIFEST = "lmssl-manifest.json"
+KEEP = 2
+"""Verified checkpoints kept."""
+
+
+class Damaged(Exception):
+    """A checkpoint that must not be resumed from: the file and what is wrong with it."""
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Write the manifest of a finished folder, last of all, and force everything to disk.
+
+    Args:
+        folder: the staging folder, complete.
+        facts: what a resume must know: step, identity of the run, tokens and seconds so far.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    hashes = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    for path in files:
+        _sync(path)
+    (folder / MANIFEST).write_text(json.dumps({**facts, "files": hashes}, indent=1) + "\n", encoding="utf-8")
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def publish(stage: Path, target: Path) -> None:
+    """Rename a sealed folder to its final name; one that stands there already is moved aside first, then removed."""
+    aside = target.with_name(f".old-{target.name}")
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+    stage.rename(target)
+    _sync(target.parent)
+    remove(aside)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, its manifest first, so that a half-deleted one never verifies."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of a whole checkpoint.
+
+    Raises:
+        Damaged: no manifest, a file missing, of another size or content, or weights that are not finite.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+    except FileNotFoundError:
+        raise Damaged(f"{folder.name}/{MANIFEST} is missing: the save did not finish") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise Damaged(f"{folder.name}/{MANIFEST} cannot be read: {error}") from None
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise Damaged(f"{folder.name}/{name} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise Damaged(f"{folder.name}/{name} has {path.stat().st_size} bytes, expected {expected['bytes']}")
+        if _sha256(path) != expected["sha256"]:
+            raise Damaged(f"{folder.name}/{name} differs from its sha256")
+    for path in folder.glob("*.safetensors"):
+        if name := _non_finite(path):
+            raise Damaged(f"{folder.name}/{path.name}: the weight {name} is not finite")
+    return manifest
+
+
+def _non_finite(path: Path) -> str | None:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - not a mapping
+            value = tensors.get_tensor(name)
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                return name
+    return None
+
+
+def step_of(folder: Path) -> int:
+    """The N of checkpoint-N, -1 for any other name."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else -1
+
+
+def all_of(root: Path) -> list[Path]:
+    """Every checkpoint-N below a run's folder, newest first, whole or not."""
+    found = [p for p in root.glob("checkpoint-*") if p.is_dir() and step_of(p) >= 0] if root.is_dir() else []
+    return sorted(found, key=step_of, reverse=True)
+
+
+def newest(root: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The newest whole checkpoint, its manifest, and why each newer one was passed over.
+
+    A damaged folder is kept, renamed to `damaged-checkpoint-N`, so that nothing ever resumes from it.
+
+    Raises:
+        UserError: there are checkpoints and none is whole.
+    """
+    rejected: list[str] = []
+    candidates = all_of(root)
+    for folder in candidates:
+        try:
+            return folder, verify(folder), rejected
+        except Damaged as error:
+            rejected.append(str(error))
+    if candidates:
+        raise UserError(f"{root}: no checkpoint is whole, so nothing can be resumed: {'; '.join(rejected)}; --overwrite starts again")
+    return None, {}, rejected
+
+
+def set_aside(root: Path, newer_than: int) -> None:
+    """Move the damaged folders above a step out of the way, keeping them."""
+    for folder in all_of(root):
+        if step_of(folder) > newer_than:
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+
+def rotate(root: Path, known_good: set[str], keep: int = KEEP) -> None:
+    """Remove all checkpoints older than the `keep` newest whole ones; what was verified before is not read again."""
+    kept = 0
+    for folder in all_of(root):
+        if kept >= keep:
+            remove(folder)
+            known_good.discard(folder.name)
+            continue
+        try:
+            if folder.name not in known_good:
+                verify(folder)
+                known_good.add(folder.name)
+            kept += 1
+        except Damaged:
+            continue
+    for leftover in (*root.glob(".old-checkpoint-*"), *root.glob(".staging-*")):
+        remove(leftover)

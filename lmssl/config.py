@@ -1,0 +1,180 @@
+"""Recipes: YAML plus `section.key=value` overrides -> typed dataclasses. Knows no component.
+
+Any dataclass is a schema: `build(cls, mapping, where)` checks the keys (with a suggestion for a near miss), converts
+each value to the field's annotation with pydantic, and calls the class, whose own `ValueError` becomes a refusal
+that names the recipe key. lmssl's sections, objectives and transformers' `TrainingArguments` all go through it.
+"""
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from lmssl.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: `1e-4` is a number, `no` and `on` are text, and a key that stands twice is refused."""
+
+
+_REPLACED = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "timestamp")}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)|[0-9]+\.[0-9]*)$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"),
+    list("-+0123456789."),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+    seen: dict = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not text", problem_mark=key_node.start_mark)
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands twice", problem_mark=key_node.start_mark)
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """One YAML document; `where` names it in errors."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), sections: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """A recipe file with its overrides applied: default < YAML < `section.key=value`.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value`; the value is read as YAML, so `1e-4`, `[20, 100]` and `true` are typed.
+        sections: the section names allowed.
+
+    Raises:
+        UserError: unreadable file, bad YAML, an unknown section, a section that is not a mapping, a bad override.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe; see recipes/README.md for those that ship with lmssl") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, not a recipe file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    recipe = parse_yaml(text, str(path))
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path}: a recipe is a mapping with the sections {', '.join(sections)}")
+    for name, section in recipe.items():
+        _check_section(str(path), name, sections)
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: {name}: expected a mapping of keys to values, got {section!r}")
+    return apply_overrides(recipe, overrides, sections)
+
+
+def apply_overrides(recipe: dict[str, dict[str, Any]], overrides: typing.Iterable[str], sections: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """`section.key=value` (nested: `section.key.sub=value`) laid over a recipe; the input is not changed."""
+    recipe = {name: dict(section) for name, section in recipe.items()}
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        path = key.split(".")
+        if not equals or len(path) < 2 or not all(path):
+            raise UserError(f"'{item}': an override reads section.key=value, for example trainer.max_steps=100")
+        _check_section(f"'{item}'", path[0], sections)
+        target: dict = recipe.setdefault(path[0], {})
+        for part in path[1:-1]:
+            inner = target.get(part)
+            target[part] = dict(inner) if isinstance(inner, dict) else {}
+            target = target[part]
+        target[path[-1]] = parse_yaml(value, f"'{item}'")
+    return recipe
+
+
+def _check_section(where: str, name: str, sections: tuple[str, ...]) -> None:
+    if name not in sections:
+        raise UserError(f"{where}: unknown section '{name}'; {did_you_mean(name, sections)}")
+
+
+def check_keys(mapping: Mapping[str, Any], known: typing.Iterable[str], where: str) -> None:
+    """Refuse a key that is not known, naming the nearest that is."""
+    known = list(known)
+    for key in mapping:
+        if key not in known:
+            raise UserError(f"{where}.{key}: unknown key; {did_you_mean(key, known)}")
+
+
+def convert(value: Any, annotation: Any, where: str) -> Any:
+    """One value converted to one annotation, by pydantic's rules, except that true and false are never numbers."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    try:
+        result = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{where}: expected {describe(annotation)}, got {value!r}") from error
+    if isinstance(value, bool) and not isinstance(result, bool) and isinstance(result, int | float):
+        raise UserError(f"{where}: expected {describe(annotation)}, got {value!r}")
+    return result
+
+
+def describe(annotation: Any) -> str:
+    """An annotation in words: `int | None` -> "whole number or nothing"."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing", dict: "a mapping", list: "a list"}
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in words:
+        return words[annotation]
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(describe(a) for a in args))
+    if origin in (list, tuple):
+        return "a list of " + describe(args[0]) if args else "a list"
+    return words.get(origin, getattr(annotation, "__name__", str(annotation)))
+
+
+def build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
+    """An instance of dataclass `cls` from a mapping of its field names.
+
+    Raises:
+        UserError: an unknown key, a missing one, a value of the wrong type, or the class's own `ValueError`,
+            each prefixed with the recipe key.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    check_keys(mapping, fields, where)
+    for name, f in fields.items():
+        if name not in mapping and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}.{name}: missing, and it has no default")
+    values = {name: convert(value, hints[name], f"{where}.{name}") for name, value in mapping.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def dump(recipe: Mapping[str, Any]) -> str:
+    """YAML that `load` reads back to the same recipe, one section after the other, flow style inside a line where short."""
+    return yaml.safe_dump(json.loads(json.dumps(recipe)), sort_keys=False, allow_unicode=True, width=100)

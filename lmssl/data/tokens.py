@@ -1,0 +1,299 @@
+"""Documents -> a token set: a memory-mapped Hugging Face `Dataset` on disk, its manifest and its tokenizer.
+
+    FOLDER/manifest.json    sources with sha256, tokenizer hash, counts
+    FOLDER/tokenizer/       the tokenizer that made it
+    FOLDER/train/           load_from_disk: input_ids (with bos and eos), bytes of text
+    FOLDER/held_out/        the same for the held-out documents
+
+Memory does not grow with the text, but for 8 bytes a document (16 while merging) that find exact duplicates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmssl import tokenization
+from lmssl.data import corpus
+from lmssl.errors import UserError
+from lmssl.objectives.base import Row, Vocab
+from lmssl.tokenization import Tokenizer
+
+FORMAT = 1
+BATCH_CHARACTERS = 2**21
+
+
+def content_hash(text: str) -> int:
+    """The first 64 bits of the text's sha256: what splits and finds duplicates, wherever the text came from."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def below(fraction: float) -> int:
+    """Documents whose `content_hash` lies below this are the held-out (or test) fraction."""
+    return int(fraction * 2**64)
+
+
+class _Seen:
+    """Content hashes met so far: a sorted array and a small set that is merged into it."""
+
+    def __init__(self) -> None:
+        self._sorted, self._recent = np.empty(0, np.uint64), set[int]()
+
+    def add(self, value: int) -> bool:
+        """True where the value is new."""
+        if value in self._recent:
+            return False
+        at = int(np.searchsorted(self._sorted, np.uint64(value)))
+        if at < len(self._sorted) and int(self._sorted[at]) == value:
+            return False
+        self._recent.add(value)
+        if len(self._recent) >= 2**16 + len(self._sorted) // 8:
+            self._sorted = np.sort(np.concatenate([self._sorted, np.fromiter(self._recent, np.uint64)]))
+            self._recent.clear()
+        return True
+
+
+class _Writer:
+    """One split on its way to disk."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer):
+        import pyarrow as pa
+
+        self._folder, self._tokenizer = folder, tokenizer
+        self._ids = pa.uint16() if tokenizer.size <= 2**16 else pa.int32()
+        self._schema = pa.schema({"input_ids": pa.list_(self._ids), "bytes": pa.int64()})
+        folder.mkdir(parents=True)
+        self._path = folder / "rows.arrow"
+        self._stream = pa.ipc.new_stream(str(self._path), self._schema)
+        self._texts: list[str] = []
+        self._held = 0
+        self.documents = self.tokens = self.bytes = 0
+
+    def add(self, text: str) -> None:
+        self._texts.append(text)
+        self._held += len(text)
+        if self._held >= BATCH_CHARACTERS:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if not self._texts:
+            return
+        encoded = self._tokenizer.encode(self._texts)
+        sizes = [len(t.encode()) for t in self._texts]
+        offsets = np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int32)
+        values = pa.array(np.concatenate(encoded).astype(self._ids.to_pandas_dtype()))
+        lists = pa.ListArray.from_arrays(pa.array(offsets), values)
+        self._stream.write_batch(pa.record_batch([lists, pa.array(sizes, pa.int64())], schema=self._schema))
+        self.documents += len(self._texts)
+        self.tokens += int(offsets[-1])
+        self.bytes += sum(sizes)
+        self._texts, self._held = [], 0
+
+    def close(self, target: Path) -> dict[str, int]:
+        """Finish, and leave an ordinary `datasets` folder at `target`."""
+        self._flush()
+        self._stream.close()
+        import datasets
+
+        shown = datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()
+        try:
+            datasets.Dataset.from_file(str(self._path)).save_to_disk(str(target))
+        finally:
+            if not shown:
+                datasets.enable_progress_bars()
+        shutil.rmtree(self._folder)
+        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
+
+
+def write(
+    texts: Iterable[tuple[str, str]],
+    tokenizer: Tokenizer,
+    out: str | Path,
+    held_out: float | Iterable[tuple[str, str]] = 0.01,
+    sources: list[dict[str, Any]] | None = None,
+) -> TokenSet:
+    """Tokenize documents into a token set at `out`; complete or not there at all.
+
+    Args:
+        texts: (document, where it stands); exact duplicates are dropped and counted.
+        held_out: a fraction chosen by content hash (never fewer than one document), or documents of their own, which
+            are then dropped from `texts`.
+        sources: what the manifest says of the text's origin.
+
+    Raises:
+        UserError: no document, or so few that none is left to train on.
+    """
+    out = Path(out)
+    stage = out.with_name(f"{out.name}.part-{os.getpid()}")
+    shutil.rmtree(stage, ignore_errors=True)
+    seen, duplicates = _Seen(), 0
+    train, held = _Writer(stage / "train.part", tokenizer), _Writer(stage / "held_out.part", tokenizer)
+    limit = below(held_out) if isinstance(held_out, int | float) else 0
+    waiting: tuple[int, str] | None = None  # the smallest hash so far: held out if nothing lies below the limit
+    try:
+        for text, _ in () if isinstance(held_out, int | float) else held_out:
+            if seen.add(content_hash(text)):
+                held.add(text)
+        any_held = not isinstance(held_out, int | float)
+        for text, _ in texts:
+            value = content_hash(text)
+            if not seen.add(value):
+                duplicates += 1
+            elif value < limit:
+                held.add(text)
+                any_held = True
+            elif not any_held and (waiting is None or value < waiting[0]):
+                if waiting:
+                    train.add(waiting[1])
+                waiting = (value, text)
+            else:
+                train.add(text)
+        if waiting:
+            (train if any_held else held).add(waiting[1])
+        counts = {"train": train.close(stage / "train"), "held_out": held.close(stage / "held_out")}
+        if not counts["train"]["documents"]:
+            raise UserError("data.text: no document to train on" + (": the only one is held out" if counts["held_out"]["documents"] else "; is the text empty?"))
+        tokenizer.save(stage / "tokenizer")
+        manifest = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocabulary": tokenizer.size, "sources": sources or [], "duplicates": duplicates, **counts}
+        (stage / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage.rename(out)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    return TokenSet(out)
+
+
+def cache_folder() -> Path:
+    """Where prepared text is kept: $LMSSL_CACHE, or ~/.cache/lmssl."""
+    return Path(os.environ.get("LMSSL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmssl")
+
+
+def prepare(text: str | list[str], tokenizer: Tokenizer, held_out: float | str = 0.01, *, quiet: bool = False) -> TokenSet:
+    """The token set of a recipe's text: found by content hash where it was prepared before, made otherwise.
+
+    Several processes may call it at once; one prepares, the others wait.
+    """
+    from filelock import FileLock
+
+    train = corpus.resolve(text)
+    held = corpus.resolve(held_out, "data.held_out") if isinstance(held_out, str) else []
+    described = [{"path": s.path, "column": s.column, "bytes": s.bytes, "sha256": s.fingerprint()} for s in train]
+    held_described = [{"path": s.path, "column": s.column, "sha256": s.fingerprint()} for s in held]
+    identity = [FORMAT, tokenizer.hash, [(s["sha256"], s["column"]) for s in described], held_described or held_out]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cache_folder() / "tokens" / key
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if (folder / "manifest.json").is_file():
+            return TokenSet(folder)
+        total = sum(s.bytes for s in [*train, *held])
+        with _progress(total, quiet) as bar:
+            texts = corpus.documents(train, bar.update)
+            return write(texts, tokenizer, folder, corpus.documents(held, bar.update) if held else float(held_out), described)
+
+
+def _progress(total: int, quiet: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=quiet or None, leave=False)
+
+
+class TokenSet:
+    """A prepared token set; rows are cut from its documents laid end to end.
+
+    Attributes:
+        folder: where it lies.
+        split: "train" or "held_out".
+        manifest: counts, sources, tokenizer hash.
+    """
+
+    def __init__(self, folder: str | Path, split: str = "train"):
+        import datasets
+
+        self.folder, self.split = Path(folder), split
+        try:
+            self.manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+            table = datasets.load_from_disk(str(self.folder / split)).data
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: not a token set (made by `lmssl prepare`): {error}") from None
+        # Zero-copy views of the memory-mapped Arrow buffers, and the running number of each document's first token.
+        chunks = [c for c in table.column("input_ids").chunks if len(c)]
+        self._values = [c.flatten().to_numpy(zero_copy_only=True) for c in chunks]
+        self._chunk_starts = np.concatenate([[0], np.cumsum([len(v) for v in self._values])]).astype(np.int64)
+        counts = [np.diff(c.offsets.to_numpy()) for c in chunks]
+        self._starts = np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)[:-1]
+        self.documents, self.tokens = len(self._starts), int(self._chunk_starts[-1])
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def held_out(self) -> TokenSet:
+        """The held-out documents of the same text."""
+        return TokenSet(self.folder, "held_out")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made it."""
+        return tokenization.load(self.folder / "tokenizer")
+
+    def vocab(self, start: int | None = None) -> Vocab:
+        """What objectives see of the tokenizer."""
+        return self.tokenizer.vocab(start)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must find unchanged."""
+        return {"data": [s["sha256"] for s in self.manifest["sources"]], "tokenizer": self.manifest["tokenizer"], "tokens": self.manifest["train"]["tokens"]}
+
+    def rows(self, length: int) -> int:
+        """Number of rows of `length` tokens; the last may be shorter."""
+        return -(-self.tokens // length)
+
+    def row(self, k: int, length: int, pad: int) -> Row:
+        """Row k: tokens [k * length, (k + 1) * length) of the documents laid end to end, padded behind the last."""
+        begin, end = k * length, min((k + 1) * length, self.tokens)
+        ids, segments = np.full(length, pad, np.int32), np.zeros(length, np.int32)
+        chunk, at = int(np.searchsorted(self._chunk_starts, begin, "right")) - 1, begin
+        while at < end:
+            base = int(self._chunk_starts[chunk])
+            stop = min(end, int(self._chunk_starts[chunk + 1]))
+            ids[at - begin : stop - begin] = self._values[chunk][at - base : stop - base]
+            at, chunk = stop, chunk + 1
+        first = int(np.searchsorted(self._starts, begin, "right"))
+        inside = self._starts[first : int(np.searchsorted(self._starts, end, "left"))] - begin
+        segments[: end - begin] = 1
+        np.add.at(segments, inside, 1)
+        segments[: end - begin] = np.cumsum(segments[: end - begin]) - np.arange(end - begin)
+        return Row(ids, segments)
+
+
+def from_iterable(texts: Iterable[str], tokenizer: Tokenizer, out: str | Path, held_out: float = 0.01) -> TokenSet:
+    """A token set from any Python iterable of documents, at a folder of your own choosing."""
+
+    def numbered() -> Iterator[tuple[str, str]]:
+        for number, text in enumerate(texts):
+            where = f"document {number + 1}"
+            if not isinstance(text, str):
+                raise UserError(f"{where}: expected text, got {type(text).__name__}")
+            corpus.check_text(text, where)
+            if text.strip():
+                yield text, where
+
+    documents = numbered()
+    first = next(documents, None)
+    if first is None:
+        raise UserError("no document with text in it")
+    return write(chain([first], documents), tokenizer, out, held_out)

@@ -1,0 +1,295 @@
+"""Backbones: any transformers architecture by name, or an existing checkpoint; and the forward pass over packed rows.
+
+`prepare(model)` hooks a model so that one call takes `segments` (document numbers) and `label_positions`: documents
+packed together do not see each other, and the vocabulary is projected only where a label is. A call without them is
+untouched, so the model stays the ordinary `PreTrainedModel` that `save_pretrained` writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from lmssl.config import check_keys
+from lmssl.errors import UserError, did_you_mean
+from lmssl.objectives.base import Family, Objective, Vocab
+
+log = logging.getLogger("lmssl")
+
+AUTO = {"decoder": AutoModelForCausalLM, "encoder": AutoModelForMaskedLM, "encoder-decoder": AutoModelForSeq2SeqLM}
+"""The class that each family is pretrained as, and loaded with."""
+POSITIONS = ("max_position_embeddings", "n_positions")
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """decoder, encoder or encoder-decoder, from the configuration alone.
+
+    An architecture that can be both (BERT) is an encoder unless its `is_decoder` is set.
+    """
+    kind = config.model_type
+    if config.is_encoder_decoder and kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return "encoder-decoder"
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        return "encoder"
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "decoder"
+    raise UserError(f"model.architecture: '{kind}' has no language-modelling head in transformers {transformers.__version__}")
+
+
+def check_family(config: PretrainedConfig, objective: Objective, name: str) -> Family:
+    """The family of a config, refused where the objective cannot train it."""
+    family = family_of(config)
+    if family not in objective.families:
+        from lmssl.objectives import OBJECTIVES
+
+        fitting = [n for n, o in OBJECTIVES.items() if family in o.families]  # type: ignore[attr-defined]
+        raise UserError(
+            f"objective.name: '{name}' trains {' and '.join(sorted(objective.families))} models; '{config.model_type}' is a {family} (use {' or '.join(fitting)})"
+        )
+    return family
+
+
+def config_of(section: Mapping[str, Any], where: str = "model") -> PretrainedConfig:
+    """The transformers configuration that a recipe's model section means; nothing is built yet.
+
+    Raises:
+        UserError: neither or both of `architecture` and `from`, an unknown architecture or config key, a value that
+            the configuration refuses, a checkpoint that cannot be read.
+    """
+    keys = dict(section)
+    architecture, source = keys.pop("architecture", None), keys.pop("from", None)
+    if (architecture is None) == (source is None):
+        raise UserError(f"{where}: name either an architecture (gpt2, bert, t5, ...) or a checkpoint to continue from (from: FOLDER)")
+    if source is not None:
+        check_keys(keys, ["attn_implementation"], where)
+        return read_config(str(source), f"{where}.from")
+    choices = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    if architecture not in choices or architecture not in transformers.CONFIG_MAPPING:
+        raise UserError(f"{where}.architecture: no architecture '{architecture}' in transformers {transformers.__version__}; {did_you_mean(architecture, choices)}")
+    cls = transformers.CONFIG_MAPPING[architecture]
+    keys.pop("attn_implementation", None)
+    check_keys(keys, known_keys(cls), where)
+    try:
+        return cls(**keys)
+    except Exception as error:  # strict dataclass errors, ValueErrors, TypeErrors: each config class has its own
+        raise UserError(f"{where}: {architecture} refuses this configuration: {' '.join(str(error).split())}") from error
+
+
+def known_keys(cls: type) -> set[str]:
+    """The keys that a configuration class understands, common ones and aliases included."""
+    if dataclasses.is_dataclass(cls):
+        names = {f.name for f in dataclasses.fields(cls)}
+    else:
+        names = {p for base in cls.__mro__ for p in inspect.signature(base.__init__).parameters}
+    hidden = {"self", "kwargs", "args", "transformers_version", "architectures", "model_type", "name_or_path"}
+    return (names | set(getattr(cls, "attribute_map", {})) | {"attn_implementation", "tie_word_embeddings", "layer_types"}) - hidden
+
+
+def read_config(source: str, where: str) -> PretrainedConfig:
+    """The configuration of a checkpoint folder or hub id, no remote code run."""
+    if not (Path(source) / "config.json").is_file() and (Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise UserError(f"{where}: {source} is no checkpoint folder (no config.json in it)")
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{where}: {source}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_length: int, seed: int) -> PreTrainedModel:
+    """The model of a recipe, new or continued, with everything that depends on the tokenizer taken from it.
+
+    Args:
+        section: `architecture` and config keys, or `from`.
+        vocab: of the tokenizer; gives vocabulary size and every special id.
+        objective: gives the lengths that positions must suffice for.
+        seq_length: tokens the model reads.
+        seed: of the initial weights.
+
+    Raises:
+        UserError: as `config_of`; too few positions; a vocabulary that contradicts the tokenizer.
+    """
+    config = config_of(section)
+    family = family_of(config)
+    needed = max(n for lengths in objective.lengths(seq_length).values() for n in lengths)
+    if "from" in section:
+        return _continue(section, config, family, vocab, needed)
+    if section.get("vocab_size", vocab.size) != vocab.size:
+        raise UserError(f"model.vocab_size: {section['vocab_size']}, but the tokenizer has {vocab.size} ids; leave it out")
+    config.vocab_size = vocab.size
+    _set_ids(config, family, vocab)
+    _set_positions(config, AUTO[family], section, needed)
+    torch.manual_seed(seed)
+    try:
+        model = AUTO[family].from_config(config, **_attention(section))
+    except Exception as error:
+        raise UserError(f"model: {config.model_type} cannot be built from this configuration: {' '.join(str(error).split())}") from error
+    return model.float()
+
+
+def _attention(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attn_implementation": section["attn_implementation"]} if "attn_implementation" in section else {}
+
+
+def _set_ids(config: PretrainedConfig, family: Family, vocab: Vocab) -> None:
+    ids = {"pad": vocab.pad, "bos": vocab.bos, "eos": vocab.eos, "cls": vocab.bos, "sep": vocab.eos, "mask": vocab.mask}
+    for role, value in ids.items():
+        if role in ("pad", "bos", "eos") or hasattr(config, f"{role}_token_id"):
+            setattr(config, f"{role}_token_id", value)
+    if family == "encoder-decoder":
+        config.decoder_start_token_id = vocab.start
+        if hasattr(config, "forced_eos_token_id"):
+            config.forced_eos_token_id = None
+
+
+def _set_positions(config: PretrainedConfig, auto: Any, section: Mapping[str, Any], needed: int) -> None:
+    """As many positions as the rows need, no more: untrained ones would only invite longer inputs."""
+    name = next((n for n in POSITIONS if n in known_keys(type(config))), None)
+    if name is None:
+        return
+    chosen = next((section[n] for n in POSITIONS if n in section), None)
+    if chosen is None:
+        setattr(config, name, needed)
+    with torch.device("meta"):
+        offset = position_offset(auto.from_config(config))
+    if chosen is None:
+        setattr(config, name, needed + offset)
+    elif chosen < needed + offset:
+        raise UserError(f"model.{name}: {chosen} positions, but data.seq_length and the objective need {needed + offset}")
+
+
+def position_offset(model: nn.Module) -> int:
+    """The first position's number: RoBERTa and its kin count from padding_idx + 1."""
+    for module in model.modules():
+        if hasattr(module, "create_position_ids_from_input_ids") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    return 0
+
+
+def max_length(config: PretrainedConfig) -> int | None:
+    """Tokens the model can read, None where positions are relative and unbounded."""
+    value = next((getattr(config, n) for n in POSITIONS if isinstance(getattr(config, n, None), int)), None)
+    if value is None or config.model_type in ("t5", "mt5", "umt5", "longt5"):
+        return None
+    with torch.device("meta"):
+        return value - position_offset(AUTO[family_of(config)].from_config(config))
+
+
+def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Family, vocab: Vocab, needed: int) -> PreTrainedModel:
+    source = str(section["from"])
+    positions = max_length(config)
+    if positions is not None and positions < needed:
+        raise UserError(f"data.seq_length: the rows need {needed} positions, {source} has {positions}")
+    try:
+        model, info = AUTO[family].from_pretrained(
+            source, output_loading_info=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, **_attention(section)
+        )
+    except Exception as error:
+        raise UserError(f"model.from: {source}: the weights cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if info["missing_keys"]:
+        log.warning("model.from: %s lacks %s; they start at random", source, ", ".join(sorted(info["missing_keys"])[:6]))
+    rows = model.get_input_embeddings().weight.shape[0]
+    if vocab.size > rows:
+        log.info("model.from: embeddings grown from %d to %d rows for the tokenizer's new tokens, each the mean of the old", rows, vocab.size)
+        model.resize_token_embeddings(vocab.size, mean_resizing=True)
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = vocab.pad
+    return model
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+
+
+def same_document(queries: Tensor, keys: Tensor) -> Tensor:
+    """bool [B, 1, Lq, Lk]: query and key stand in the same document; a query without any key may see them all."""
+    allowed = queries[:, None, :, None] == keys[:, None, None, :]
+    # Decoder padding has no partner where the encoder row is full; a row of softmax with no entry would be NaN.
+    return allowed | ~allowed.any(-1, keepdim=True)
+
+
+def additive(allowed: Tensor) -> Tensor:
+    """0 where allowed, else the most negative number that float32 and bfloat16 both hold."""
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, torch.finfo(torch.bfloat16).min)
+
+
+def positions_within(segments: Tensor) -> Tensor:
+    """int64 [B, L]: each token's position in its own document: 0 1 2 0 1 for segments 1 1 1 2 2."""
+    at = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    first = torch.ones_like(segments, dtype=torch.bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return at - torch.where(first, at, 0).cummax(1).values
+
+
+class _Packed:
+    """The two hooks of a prepared model. Pure tensor code: one graph under torch.compile, one forward under DDP."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.family = family_of(model.config)
+        self.offset = position_offset(model)
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        kinds = set(getattr(model.config, "layer_types", None) or [])
+        self.window = model.config.sliding_window if self.family == "encoder" and "sliding_attention" in kinds else None
+        self.at: Tensor | None = None
+
+    def before_model(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        self.at = kwargs.pop("label_positions", None)
+        segments = kwargs.pop("segments", None)
+        if segments is None:
+            return args, kwargs
+        if self.family == "encoder-decoder":
+            own = kwargs.pop("decoder_segments")
+            encoder_mask = additive(same_document(segments, segments))
+            kwargs["encoder_outputs"] = model.get_encoder()(input_ids=kwargs.pop("input_ids"), attention_mask=encoder_mask)
+            kwargs["attention_mask"] = additive(same_document(own, segments))
+            causal = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool, device=own.device).tril()
+            kwargs["decoder_attention_mask"] = additive(same_document(own, own) & causal)
+            kwargs["use_cache"] = False
+            return args, kwargs
+        if self.takes_positions:
+            kwargs["position_ids"] = positions_within(segments) + self.offset
+        if self.family == "decoder":
+            # transformers reads the documents off the restarting positions, for every attention implementation.
+            kwargs["use_cache"] = False
+            return args, kwargs
+        allowed = same_document(segments, segments)
+        if self.window is None:
+            kwargs["attention_mask"] = additive(allowed)
+        else:
+            at = torch.arange(segments.shape[1], device=segments.device)
+            near = (at[:, None] - at[None, :]).abs() <= self.window
+            kwargs["attention_mask"] = {"full_attention": additive(allowed), "sliding_attention": additive(allowed & near)}
+        return args, kwargs
+
+    def before_head(self, head: nn.Module, args: tuple) -> tuple | None:
+        if self.at is None:
+            return None
+        hidden, at, self.at = args[0], self.at, None
+        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, at), *args[1:])
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Hook a model so that its call also takes `segments`, `decoder_segments` and `label_positions`; once is enough."""
+    if not hasattr(model, "_lmssl_packed"):
+        packed = _Packed(model)
+        head = model.get_output_embeddings()
+        if head is None:
+            raise UserError(f"model: {type(model).__name__} has no vocabulary projection")
+        model.register_forward_pre_hook(packed.before_model, with_kwargs=True)
+        head.register_forward_pre_hook(packed.before_head)
+        model._lmssl_packed = packed
+    return model

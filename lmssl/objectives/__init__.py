@@ -1,0 +1,60 @@
+"""The objectives by recipe name. Anybody's own: `package.module:Class`."""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from lmssl.config import build, check_keys
+from lmssl.errors import UserError, did_you_mean
+from lmssl.objectives.base import Objective
+from lmssl.objectives.denoising import Infilling, SpanCorruption
+from lmssl.objectives.masked import MaskedTokens
+from lmssl.objectives.next_token import NextToken
+
+OBJECTIVES: dict[str, type] = {
+    "next_token": NextToken,
+    "masked": MaskedTokens,
+    "span_corruption": SpanCorruption,
+    "infilling": Infilling,
+}
+
+
+def make(section: Mapping[str, Any], where: str = "objective") -> Objective:
+    """The objective of a recipe section: `{name: masked, rate: 0.3}`.
+
+    Raises:
+        UserError: no name, an unknown name or field, a value out of range, or a plug-in that cannot be imported.
+    """
+    fields = dict(section)
+    name = fields.pop("name", None)
+    if not isinstance(name, str):
+        check_keys(section, ["name"], where) if not section else None
+        raise UserError(f"{where}.name: missing; {did_you_mean(name, OBJECTIVES)}")
+    return build(OBJECTIVES.get(name) or _plugin(name, where), fields, where)
+
+
+def name_of(objective: Objective) -> str:
+    """The recipe name of an objective."""
+    for name, cls in OBJECTIVES.items():
+        if type(objective) is cls:
+            return name
+    return f"{type(objective).__module__}:{type(objective).__qualname__}"
+
+
+def fields_of(objective: Objective) -> dict[str, Any]:
+    """The recipe section that makes this objective again."""
+    return {"name": name_of(objective), **dataclasses.asdict(objective)}  # type: ignore[call-overload]
+
+
+def _plugin(name: str, where: str) -> type:
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UserError(f"{where}.name: no objective '{name}'; {did_you_mean(name, OBJECTIVES)}")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{where}.name: '{name}' cannot be imported: {error}") from error
+    if not (dataclasses.is_dataclass(cls) and isinstance(cls, type) and hasattr(cls, "families") and hasattr(cls, "row_length")):
+        raise UserError(f"{where}.name: '{name}' is not an objective: a frozen dataclass with families, row_length and __call__")
+    return cls

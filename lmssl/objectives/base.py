@@ -1,0 +1,151 @@
+"""What an objective is given, what it returns, and the one loss that all of them share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Family = Literal["decoder", "encoder", "encoder-decoder"]
+Arrays = dict[str, np.ndarray]
+
+IGNORE = -100
+"""The label of a position where nothing is asked: transformers' own convention."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Packed tokens, straight from the stream.
+
+    Attributes:
+        ids: int32 [L], token ids; documents stand one behind another, each ends with `eos` (and begins with `bos`
+            where the tokenizer has one) unless the row cut it.
+        segments: int32 [L], which document a position belongs to: 1, 1, 2, 2, 0. 0 is padding and stands last.
+    """
+
+    ids: np.ndarray
+    segments: np.ndarray
+
+    def documents(self) -> list[tuple[int, int]]:
+        """The [begin, end) of each document in the row, padding left out."""
+        return spans_of(self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocab:
+    """What an objective may know of a tokenizer. Arrays are indexed by token id.
+
+    Attributes:
+        size: number of ids, added tokens included.
+        pad, bos, eos, mask: special ids; None where the tokenizer has none (pad falls back to eos).
+        start: the id that a decoder is started with.
+        sentinels: int32 [S], <extra_id_0>, <extra_id_1>, ... in the order they are used.
+        special: bool [size], ids that are never masked, never predicted by noise and never drawn as replacements.
+        word_start: bool [size], the token begins a word (by the tokenizer's own mark).
+        sentence_end: bool [size], the token closes a sentence.
+        token_bytes: int32 [size], UTF-8 bytes of text the token stands for; 0 for specials.
+        ordinary: int32, the ids that are not special (derived).
+    """
+
+    size: int
+    pad: int
+    bos: int | None
+    eos: int
+    mask: int | None
+    start: int
+    sentinels: np.ndarray
+    special: np.ndarray
+    word_start: np.ndarray
+    sentence_end: np.ndarray
+    token_bytes: np.ndarray
+    ordinary: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ordinary", np.flatnonzero(~self.special).astype(np.int32))
+
+
+class Objective(Protocol):
+    """A pretext task: a frozen dataclass whose fields are its configuration.
+
+    To add one, write a dataclass with these members (see docs/extending.md); a recipe reaches it by
+    `objective: {name: "package.module:Class", ...}` without a change here.
+    """
+
+    families: ClassVar[frozenset[Family]]
+    """The model families it can train."""
+    needs: ClassVar[frozenset[str]]
+    """Special tokens it cannot do without: of "mask", "sentinels"."""
+
+    def row_length(self, model_length: int) -> int:
+        """Raw tokens in a row for a model that reads `model_length` tokens."""
+        ...
+
+    def lengths(self, model_length: int) -> dict[str, tuple[int, ...]]:
+        """For each returned array family ("input_ids", "labels"), the lengths it may be padded to, ascending.
+
+        The collator takes the smallest that holds every row of a batch. The last one is a proven bound: no row of
+        `row_length` tokens ever needs more, so nothing is ever truncated, and shapes stay few enough to compile.
+        """
+        ...
+
+    def most_labels(self, model_length: int) -> int:
+        """A proven bound on labelled positions in one row: the vocabulary is projected at no more than these."""
+        ...
+
+    def held_out(self) -> Objective:
+        """The same objective at the fixed rate that held-out loss is always measured with."""
+        ...
+
+    def __call__(self, row: Row, vocab: Vocab, rng: np.random.Generator) -> Arrays:
+        """`forward()`'s arguments by name, plus `segments` (and `decoder_segments`): int arrays, one dimension each.
+
+        `labels` are transformers' own: unshifted for decoders, -100 where nothing is asked.
+        """
+        ...
+
+
+def spans_of(segments: np.ndarray) -> list[tuple[int, int]]:
+    """[begin, end) of each run of one non-zero value."""
+    if not len(segments):
+        return []
+    edges = np.flatnonzero(np.diff(segments)) + 1
+    bounds = [0, *edges.tolist(), len(segments)]
+    return [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if segments[a] != 0]
+
+
+def check_rate(name: str, value: float, *, low: float = 0.0, high: float = 1.0, open_low: bool = False) -> None:
+    """`low <= value <= high` (or `low < value`), refused by name otherwise; NaN never passes."""
+    if not (low <= value <= high) or (open_low and value == low):
+        raise ValueError(f"{name}={value} must be {'above' if open_low else 'at least'} {low} and at most {high}")
+
+
+def round_random(x: float, rng: np.random.Generator) -> int:
+    """x rounded down or up, so that the mean is exactly x. Keeps a rate exact over rows of any length."""
+    return int(np.floor(x + rng.random()))
+
+
+def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | float | None = None) -> torch.Tensor:
+    """The one loss of every objective and task: summed cross-entropy over labelled tokens / their number.
+
+    A sum divided by the count over the whole optimizer step (every micro-batch, every rank), so that the split of a
+    batch never changes its gradient. A mean of means is wrong as soon as two micro-batches hold different counts.
+
+    Args:
+        outputs: a model output with `logits`, float [..., C].
+        labels: int64, as many as there are rows of logits, -100 where nothing is asked. Decoder labels are already
+            aligned with the logits that predict them.
+        num_items_in_batch: labelled tokens of the whole optimizer step; None counts those at hand.
+
+    Returns:
+        A float32 scalar.
+    """
+    import torch.nn.functional as F
+
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+    labels = labels.reshape(-1)
+    total = F.cross_entropy(logits.reshape(labels.numel(), -1).float(), labels, ignore_index=IGNORE, reduction="sum")
+    return total / ((labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -1,0 +1,54 @@
+"""Next-token prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from lmssl.objectives.base import IGNORE, Arrays, Family, Row, Vocab
+
+
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """Predict each token from those before it: the causal language model of GPT.
+
+    Every token is a label but the first of each document, which has nothing before it. Labels are unshifted, as
+    transformers' decoders expect them.
+
+    Paper: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training".
+
+    Two documents, the second cut by the end of the row (eos = 1):
+
+        ids       = [10 11  1 20 21 22]
+        segments  = [ 1  1  1  2  2  2]
+        ->
+        input_ids = [10 11  1 20 21 22]
+        labels    = [ .  11  1  . 21 22]      . is -100
+
+    >>> row = Row(np.array([10, 11, 1, 20, 21, 22]), np.array([1, 1, 1, 2, 2, 2]))
+    >>> NextToken()(row, None, None)["labels"].tolist()
+    [-100, 11, 1, -100, 21, 22]
+    """
+
+    families: ClassVar[frozenset[Family]] = frozenset({"decoder"})
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def row_length(self, model_length: int) -> int:
+        return model_length
+
+    def lengths(self, model_length: int) -> dict[str, tuple[int, ...]]:
+        return {"input_ids": (model_length,), "labels": (model_length,)}
+
+    def most_labels(self, model_length: int) -> int:
+        return model_length
+
+    def held_out(self) -> NextToken:
+        return self
+
+    def __call__(self, row: Row, vocab: Vocab, rng: np.random.Generator) -> Arrays:
+        first = np.ones(len(row.ids), bool)
+        first[1:] = row.segments[1:] != row.segments[:-1]
+        labels = np.where(first | (row.segments == 0), IGNORE, row.ids)
+        return {"input_ids": row.ids, "segments": row.segments, "labels": labels}

@@ -1,0 +1,70 @@
+"""Muon for the matrices inside the model, AdamW for everything else, as one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon and AdamW behind one optimizer: one learning rate, one schedule, one state.
+
+    Muon orthogonalises the momentum of each weight matrix (Jordan et al. 2024); its update is scaled to AdamW's
+    typical size (Liu et al. 2025, 2502.16982), so that both share one learning rate. Embeddings, the vocabulary
+    projection, norms and biases take AdamW.
+
+    Args:
+        groups: parameter groups; each has `muon: bool` and `weight_decay`.
+        lr: learning rate.
+        betas, eps: of AdamW.
+        momentum: of Muon.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, momentum: float = 0.95):
+        for group in groups:
+            own = {"momentum": momentum, "nesterov": True, "ns_coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7, "ns_steps": 5, "adjust_lr_fn": "match_rms_adamw"}
+            group |= own if group["muon"] else {"betas": betas, "eps": eps}
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+        self._link()
+
+    def _link(self) -> None:
+        """The parts work on this optimizer's own groups and state."""
+        self._parts: list[torch.optim.Optimizer] = []
+        for group in self.param_groups:
+            cls = torch.optim.Muon if group["muon"] else torch.optim.AdamW
+            part = cls(group["params"], lr=group["lr"], weight_decay=group["weight_decay"])
+            for key, value in part.param_groups[0].items():
+                group.setdefault(key, value)
+            part.param_groups, part.state = [group], self.state
+            self._parts.append(part)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._link()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = closure() if closure else None
+        for part in self._parts:
+            part.step()
+        return loss
+
+
+def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices inside the model for Muon; embeddings and projection, and all vectors, for AdamW."""
+    outer = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    outer |= {id(p) for p in head.parameters()} if head is not None else set()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    inner = [p for p in trained if p.ndim == 2 and id(p) not in outer]
+    embeddings = [p for p in trained if p.ndim >= 2 and (id(p) in outer or p.ndim > 2)]
+    vectors = [p for p in trained if p.ndim < 2]
+    groups = [
+        {"params": inner, "muon": True, "weight_decay": weight_decay},
+        {"params": embeddings, "muon": False, "weight_decay": weight_decay},
+        {"params": vectors, "muon": False, "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]

@@ -1,0 +1,300 @@
+"""Tokenizers: train, load, check, complete; and the `Vocab` that objectives see. Imports neither torch nor transformers.
+
+A tokenizer is a folder with `tokenizer.json` (the `tokenizers` library's file) and `tokenizer_config.json` (which
+names the special tokens), as `AutoTokenizer` reads it and `save_pretrained` writes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lmssl.errors import UserError, did_you_mean
+from lmssl.objectives.base import Objective, Vocab
+
+SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
+ROLES = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "mask": "<mask>"}
+"""The special tokens that a new tokenizer gets, by role."""
+KINDS = ("bpe", "wordpiece", "unigram")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the roles of its special tokens.
+
+    Attributes:
+        backend: the tokenizer itself.
+        roles: token text by role: pad, bos, eos, mask (those it has; [CLS] serves as bos and [SEP] as eos).
+        sentinels: token texts, <extra_id_0> first.
+        settings: the rest of tokenizer_config.json, kept when it is saved again.
+        source: where it was loaded from, for messages.
+    """
+
+    backend: Any
+    roles: dict[str, str]
+    sentinels: list[str]
+    settings: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    def id(self, role: str) -> int | None:
+        """The id of a role's token, None where there is none."""
+        text = self.roles.get(role)
+        return None if text is None else self.backend.token_to_id(text)
+
+    @property
+    def size(self) -> int:
+        """Number of ids: one more than the largest."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def hash(self) -> str:
+        """sha256 over what decides ids and roles."""
+        content = json.dumps([json.loads(self.backend.to_str()), self.roles, self.sentinels], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text between bos (where there is one) and eos; a special token spelt in a text is plain text.
+
+        Returns:
+            int32 arrays.
+        """
+        bos = [self.id("bos")] if "bos" in self.roles else []
+        eos = [self.id("eos")]
+        return [np.array(bos + e.ids + eos, np.int32) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens shown."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def check(self, objective: Objective, name: str) -> None:
+        """Refuse a tokenizer that lacks what an objective needs, naming the command that adds it."""
+        missing = [r for r in ("eos",) if r not in self.roles]
+        missing += [need for need in sorted(objective.needs) if (need == "mask" and "mask" not in self.roles) or (need == "sentinels" and not self.sentinels)]
+        if missing:
+            raise UserError(
+                f"data.tokenizer: {self.source or 'the tokenizer'} has no {' and no '.join(missing)} token, which objective '{name}' needs; "
+                f"add it with: lmssl tokenizer --from {self.source or 'FOLDER'} --out NEW_FOLDER"
+            )
+
+    def complete(self) -> list[str]:
+        """Add the missing of pad, bos, eos, mask and the 100 sentinels; returns the added tokens in id order."""
+        from tokenizers import AddedToken
+
+        added = [token for role, token in ROLES.items() if role not in self.roles and role != "bos"]
+        self.roles |= {role: token for role, token in ROLES.items() if token in added}
+        added += [s for s in SENTINELS if self.backend.token_to_id(s) is None]
+        self.backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in added])
+        self.sentinels = list(SENTINELS)
+        return added
+
+    def vocab(self, start: int | None = None) -> Vocab:
+        """What objectives see of it. `start`: the decoder's start id where a model fixes one; else bos, else pad."""
+        size, texts = self.size, [""] * self.size
+        for text, i in self.backend.get_vocab(with_added_tokens=True).items():
+            texts[i] = text
+        special = np.zeros(size, bool)
+        for i, token in self.backend.get_added_tokens_decoder().items():
+            special[i] = token.special
+        for text in [*self.roles.values(), *self.sentinels, *("[UNK]", "<unk>")]:
+            if (i := self.backend.token_to_id(text)) is not None:
+                special[i] = True
+        special |= np.array([t == "" for t in texts])
+        eos = self.id("eos")
+        if eos is None:
+            raise UserError(f"data.tokenizer: {self.source} has no eos token; add it with: lmssl tokenizer --from {self.source} --out NEW_FOLDER")
+        pad, bos = self.id("pad"), self.id("bos")
+        word_start, sentence_end, token_bytes = _token_facts(texts, special, self.backend)
+        return Vocab(
+            size=size,
+            pad=eos if pad is None else pad,
+            bos=bos,
+            eos=eos,
+            mask=self.id("mask"),
+            start=start if start is not None else bos if bos is not None else eos if pad is None else pad,
+            sentinels=np.array([self.backend.token_to_id(s) for s in self.sentinels], np.int32),
+            special=special,
+            word_start=word_start,
+            sentence_end=sentence_end,
+            token_bytes=token_bytes,
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write the folder that `AutoTokenizer` and `load` read."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": int(1e30), "clean_up_tokenization_spaces": False} | self.settings
+        settings |= {f"{role}_token": text for role, text in self.roles.items()}
+        settings["extra_special_tokens"] = self.sentinels
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _token_facts(texts: list[str], special: np.ndarray, backend: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """word_start, sentence_end and token_bytes of every token, read off the vocabulary's own marks."""
+    style = _style(backend)
+    starts, ends, sizes = np.zeros(len(texts), bool), np.zeros(len(texts), bool), np.zeros(len(texts), np.int32)
+    for i, token in enumerate(texts):
+        if special[i]:
+            continue
+        if style == "byte-level":
+            # Every character stands for one byte; a leading space is written as a letter of its own.
+            text, starts[i], sizes[i] = token.replace("Ġ", " ").replace("Ċ", "\n"), token[0] in "ĠĊĉ", len(token)
+        elif style == "wordpiece":
+            text = token.removeprefix("##")
+            starts[i] = not token.startswith("##")
+            sizes[i] = len(text.encode()) + (starts[i] and text[:1].isalnum())
+        else:
+            text, starts[i] = token.replace("▁", " "), token.startswith("▁")
+            byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+            sizes[i] = 1 if byte else len(text.encode())
+        stripped = text.rstrip("\"'”’)]")
+        ends[i] = stripped[-1:] in tuple(".!?…。！？")
+        starts[i] = starts[i] or (style == "byte-level" and token[0] in "!\"#$%&()*+,-./:;<=>?@[\\]^_`{|}~")
+    return starts, ends, sizes
+
+
+def _style(backend: Any) -> Literal["byte-level", "wordpiece", "metaspace"]:
+    spec = json.loads(backend.to_str())
+    if spec["model"]["type"] == "WordPiece":
+        return "wordpiece"
+    return "byte-level" if '"ByteLevel"' in json.dumps([spec["pre_tokenizer"], spec["decoder"]]) else "metaspace"
+
+
+def load(source: str | Path) -> Tokenizer:
+    """A tokenizer from a folder or, with a network, a hub id.
+
+    Raises:
+        UserError: no such folder and no such id, a folder without tokenizer files, a broken file.
+    """
+    folder = _fetch(str(source))
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return _load_slow(source, folder)
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend.from_file(str(path))
+        settings: dict[str, Any] = {}
+        for name in reversed(_FILES[1:]):
+            if (folder / name).is_file():
+                settings |= json.loads((folder / name).read_text(encoding="utf-8"))
+    except Exception as error:  # the backend raises bare Exception
+        raise UserError(f"data.tokenizer: {path} cannot be read: {str(error).splitlines()[0]}") from error
+    return _assemble(backend, settings, str(source))
+
+
+def _assemble(backend: Any, settings: dict[str, Any], source: str) -> Tokenizer:
+    backend.encode_special_tokens = True  # "</s>" spelt in a review is text, not the end of the document
+    backend.no_padding()
+    backend.no_truncation()
+
+    def text_of(role: str) -> str | None:
+        value = settings.get(f"{role}_token")
+        value = value.get("content") if isinstance(value, dict) else value
+        return value if isinstance(value, str) and backend.token_to_id(value) is not None else None
+
+    roles = {"pad": text_of("pad"), "bos": text_of("bos") or text_of("cls"), "eos": text_of("eos") or text_of("sep"), "mask": text_of("mask")}
+    sentinels = [s for s in SENTINELS if backend.token_to_id(s) is not None]
+    drop = {f"{role}_token" for role in (*roles, "additional_special")} | {"extra_special_tokens", "additional_special_tokens"}
+    kept = {k: v for k, v in settings.items() if k not in drop}
+    return Tokenizer(backend, {r: t for r, t in roles.items() if t}, sentinels, kept, source)
+
+
+def _fetch(source: str) -> Path:
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"data.tokenizer: {source} is a file; name the folder that holds tokenizer.json")
+    if source.count("/") > 1 or source.startswith((".", "/", "~")):
+        siblings = [str(folder.parent / p.name) for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        hint = did_you_mean(source, siblings) if siblings else "train one with: lmssl tokenizer --help"
+        raise UserError(f"data.tokenizer: no such folder: {source}; {hint}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=[*_FILES, "*.model", "vocab.*", "merges.txt"]))
+    except Exception as error:  # offline, unknown id, refused: many types, one way out
+        raise UserError(f"data.tokenizer: '{source}' is no folder here and cannot be had from the hub ({type(error).__name__})") from error
+
+
+def _load_slow(source: str | Path, folder: Path) -> Tokenizer:
+    """A folder without tokenizer.json: transformers converts the old formats."""
+    from transformers import AutoTokenizer
+
+    try:
+        slow = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+        backend = slow.backend_tokenizer
+    except Exception as error:
+        raise UserError(f"data.tokenizer: {source} holds no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
+    return _assemble(backend, {f"{r}_token": getattr(slow, f"{r}_token", None) for r in ("pad", "bos", "cls", "eos", "sep", "mask")}, str(source))
+
+
+def train(texts: Iterable[str], kind: str = "bpe", size: int = 8192) -> Tokenizer:
+    """Train a tokenizer with pad, bos, eos, mask and 100 sentinels, ready for every objective.
+
+    Args:
+        texts: documents; read once, so a generator will do.
+        kind: "bpe" (byte-level, no unknown token), "wordpiece" (lower case) or "unigram".
+        size: number of ids, special tokens included.
+
+    Raises:
+        UserError: an unknown kind, a size too small to hold the special tokens and the alphabet.
+    """
+    from tokenizers import AddedToken, Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = [*ROLES.values(), *([] if kind == "bpe" else ["<unk>"]), *SENTINELS]
+    tokens = [AddedToken(t, normalized=False, special=True) for t in special]
+    if kind not in KINDS:
+        raise UserError(f"kind: no tokenizer kind '{kind}'; {did_you_mean(kind, KINDS)}")
+    if size < len(special) + 256:
+        raise UserError(f"size: {size} ids hold no vocabulary beside {len(special)} special tokens and 256 bytes; use at least {len(special) + 256}")
+    if kind == "bpe":
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=size, special_tokens=tokens, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=2, show_progress=False
+        )
+    elif kind == "wordpiece":
+        backend = Backend(models.WordPiece(unk_token="<unk>"))
+        backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=tokens, show_progress=False)
+    else:
+        backend = Backend(models.Unigram())
+        backend.normalizer, backend.pre_tokenizer, backend.decoder = normalizers.NFKC(), pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=tokens, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator(_counted(texts), trainer)
+    bos, eos = ROLES["bos"], ROLES["eos"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}", pair=f"{bos} $A {eos} $B:1 {eos}:1", special_tokens=[(t, backend.token_to_id(t)) for t in (bos, eos)]
+    )
+    settings = {} if kind == "bpe" else {"unk_token": "<unk>"}
+    tokenizer = Tokenizer(backend, dict(ROLES), list(SENTINELS), settings, f"a new {kind} tokenizer")
+    backend.encode_special_tokens = True
+    return tokenizer
+
+
+def _counted(texts: Iterable[str]) -> Iterator[str]:
+    count = 0
+    for text in texts:
+        count += 1
+        yield text
+    if not count:
+        raise UserError("text: no document to train a tokenizer on")
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """The tokenizer files of one folder copied into another."""
+    for name in _FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -1,0 +1,460 @@
+"""The trainer: transformers' own, with one exact loss, whole checkpoints, measured time and a stop before any NaN."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lmssl import checkpoints, models
+from lmssl.data.stream import Collator, Stream, count_tokens, mix
+from lmssl.data.tokens import TokenSet
+from lmssl.errors import Interrupted, Stopped, UserError
+from lmssl.evaluation import held_out, held_out_stream
+from lmssl.objectives import fields_of
+from lmssl.objectives.base import Objective, token_loss
+from lmssl.optimizers import MuonAdamW, muon_groups
+
+log = logging.getLogger("lmssl")
+
+OWNED = {
+    "ignore_data_skip": "a resumed run must skip what it consumed",
+    "train_sampling_strategy": "the stream decides the order",
+    "auto_find_batch_size": "the batch is part of the experiment",
+    "remove_unused_columns": "the stream has no unused columns",
+    "save_total_limit": "lmssl keeps the two newest verified checkpoints",
+    "logging_nan_inf_filter": "lmssl stops at a non-finite loss",
+    "label_smoothing_factor": "the loss is lmssl's own",
+    "resume_from_checkpoint": "use --resume, which verifies first",
+    "load_best_model_at_end": "the final model is the last one",
+    "push_to_hub": "publish the finished folder with `hf upload`",
+    "include_num_input_tokens_seen": "lmssl counts the tokens",
+    "group_by_length": "the stream decides the order",
+}
+"""TrainingArguments fields that lmssl sets itself, and why."""
+
+
+class Clock:
+    """Training wall-clock: runs between start and stop, but not inside `paused`."""
+
+    def __init__(self) -> None:
+        self.training, self.other, self.steps = 0.0, {"evaluation": 0.0, "saving": 0.0, "first_step": 0.0}, 0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._since is not None:
+            self.training += time.perf_counter() - self._since
+        self._since = None
+
+    @property
+    def seconds(self) -> float:
+        return self.training + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
+    @contextlib.contextmanager
+    def paused(self, kind: str) -> Iterator[None]:
+        """Time spent inside counts as `kind`, not as training."""
+        running, begin = self._since is not None, time.perf_counter()
+        self.stop()
+        try:
+            yield
+        finally:
+            self.other[kind] += time.perf_counter() - begin
+            if running:
+                self.start()
+
+
+class ExactTrainer(transformers.Trainer):
+    """What pretraining and fine-tuning share.
+
+    * One loss (`token_loss`), divided by the labels of the whole optimizer step over all ranks.
+    * Item i of `train_dataset` is item i of the run: read in order, skipped by arithmetic on resume.
+    * Dropout keyed by (seed, step, rank): a resumed step draws what the uninterrupted one drew.
+    * A non-finite loss or gradient stops the run before the update; SIGTERM and SIGINT save at the step's end.
+    * Checkpoints by lmssl.checkpoints.
+
+    Args:
+        model: any PreTrainedModel.
+        args: TrainingArguments; `max_steps` set.
+        train_dataset: map-style, as long as the run.
+        data_collator: items -> tensors with `labels`.
+        optimizer: "adamw" (TrainingArguments' `optim`) or "muon".
+        identity: what a resumed run must find unchanged.
+        quiet: no progress.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        train_dataset: Dataset[Any] | Stream,
+        data_collator: Callable[[list[Any]], dict[str, Tensor]],
+        optimizer: str = "adamw",
+        identity: dict[str, Any] | None = None,
+        quiet: bool = False,
+    ):
+        args.train_sampling_strategy = "sequential"
+        args.remove_unused_columns = args.logging_nan_inf_filter = args.ignore_data_skip = False
+        args.save_total_limit, args.average_tokens_across_devices = None, True
+        args.disable_tqdm = True
+        super().__init__(model, args, data_collator, train_dataset, compute_loss_func=token_loss)  # type: ignore[arg-type]
+        if args.n_gpu > 1:
+            raise UserError(f"trainer: {args.n_gpu} GPUs are visible to one process; start one process each: accelerate launch -m lmssl ...")
+        for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
+            self.remove_callback(callback)
+        self.optimizer_kind, self.identity, self.quiet = optimizer, identity or {}, quiet
+        self.clock, self.tokens_seen, self.curve = Clock(), 0, list[dict[str, float]]()
+        self._stage: Path | None = None
+        self._known_good: set[str] = set()
+        self.guard = _Guard(self)
+        self.add_callback(self.guard)
+        self.add_callback(Progress(self))
+
+    @property
+    def global_batch(self) -> int:
+        """Items in one optimizer step over all ranks."""
+        return self.args.world_size * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.optimizer_kind == "muon":
+            groups = muon_groups(self.model, self.args.weight_decay)
+            self.optimizer = MuonAdamW(groups, lr=self.args.learning_rate, betas=(self.args.adam_beta1, self.args.adam_beta2))
+        return super().create_optimizer(model) if self.optimizer is None else self.optimizer
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one optimizer step, and the number of labels in all of them on all ranks."""
+        batches = list(islice(epoch_iterator, num_batches))
+        count = torch.stack([(b["labels"] != -100).sum() for b in batches]).sum() if batches else torch.tensor(0)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count.to(device)).sum()
+        return batches, count.to(device).clamp(min=1)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.tokens_seen += self.count(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.losses.append(loss)
+        return loss
+
+    def count(self, inputs: dict[str, Any]) -> int:
+        """Non-padding input tokens of a micro-batch."""
+        return count_tokens(inputs) if "segments" in inputs else int(inputs["attention_mask"].sum())
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0
+
+    # Checkpoints: the stock save writes into a staging folder, which then becomes checkpoint-N in one rename.
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._stage) if self._stage else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step, root = self.state.global_step, Path(self.args.output_dir)
+        with self.clock.paused("saving"):
+            self._stage = root / f".staging-{step}"
+            try:
+                if self.is_world_process_zero():
+                    shutil.rmtree(self._stage, ignore_errors=True)
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    staged = self._stage / f"checkpoint-{step}"
+                    (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe says it all
+                    checkpoints.seal(staged, self._facts())
+                    checkpoints.publish(staged, root / staged.name)
+                    self._known_good.add(staged.name)
+                    checkpoints.rotate(root, self._known_good)
+            except OSError as error:
+                raise self.stopped(f"checkpoint {step} cannot be written: {error.strerror or error}") from error
+            except RuntimeError as error:  # torch.save and safetensors report a full disk this way
+                if "write" in str(error).lower() or "space" in str(error).lower() or "large" in str(error).lower():
+                    raise self.stopped(f"checkpoint {step} cannot be written: {str(error).splitlines()[0]}") from error
+                raise
+            finally:
+                if self.is_world_process_zero():
+                    shutil.rmtree(self._stage, ignore_errors=True)
+                self._stage = None
+            self.accelerator.wait_for_everyone()
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "step": self.state.global_step,
+            "identity": self.identity,
+            "tokens": self._total_tokens(),
+            "seconds": self.clock.seconds,
+            "other_seconds": self.clock.other,
+            "curve": self.curve,
+        }
+
+    def _total_tokens(self) -> int:
+        mine = self.tokens_seen - self._tokens_before
+        return self._tokens_before + int(self._sum(torch.tensor([float(mine)], dtype=torch.float64)).item())
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """A float64 tensor summed over ranks."""
+        if self.args.world_size == 1:
+            return value
+        return self.accelerator.reduce(value.to(self.args.device), "sum").cpu()
+
+    _tokens_before = 0
+
+    def stopped(self, reason: str) -> Stopped:
+        """The exception for a run that lmssl ends itself, naming the last good checkpoint."""
+        whole = [p for p in checkpoints.all_of(Path(self.args.output_dir)) if p.name in self._known_good]
+        last = f"the last good checkpoint is {whole[0]}" if whole else "no checkpoint was completed before"
+        return Stopped(f"{reason}; {last}")
+
+    def resume_point(self, accept: tuple[str, ...] = ()) -> Path | None:
+        """The newest whole checkpoint of this run; None where none was ever completed.
+
+        Raises:
+            UserError: checkpoints, but none whole; or one whose run differs from this (seed, data, ...), unless
+                the difference is named in `accept`.
+        """
+        root = Path(self.args.output_dir)
+        path, manifest, rejected = checkpoints.newest(root)
+        for reason in rejected:
+            log.warning("passed over: %s", reason)
+        if path is None:
+            log.info("--resume: no checkpoint was completed in %s; starting at step 0", root)
+            return None
+        for key, now in self.identity.items():
+            then = manifest["identity"].get(key)
+            if then != now and key not in accept:
+                raise UserError(f"--resume: {key} changed: {path.name} has {_short(then)}, this run {_short(now)}; --accept {key} goes on all the same")
+        if rejected and self.is_world_process_zero():
+            checkpoints.set_aside(root, manifest["step"])
+        self.accelerator.wait_for_everyone()
+        self._known_good.add(path.name)
+        self.tokens_seen = self._tokens_before = manifest["tokens"]
+        self.clock.training, self.clock.other, self.curve = manifest["seconds"], manifest["other_seconds"], manifest["curve"]
+        return path
+
+    def run(self, resume: Path | None = None) -> None:
+        """Train to the end.
+
+        Raises:
+            Stopped: a non-finite value, a full disk.
+            Interrupted: a signal, after saving.
+        """
+        with self.guard.signals():
+            self.train(resume_from_checkpoint=str(resume) if resume else None)
+        if self.guard.signum:
+            name = signal.Signals(self.guard.signum).name
+            where = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            raise Interrupted(f"{name}: saved {where}; --resume continues there", self.guard.signum)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class _Guard(TrainerCallback):
+    """Seeds each step's dropout, stops at what is not finite, and turns signals into a save at the step's end."""
+
+    def __init__(self, trainer: ExactTrainer):
+        self.trainer, self.signum, self.losses = trainer, 0, list[Tensor]()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.losses.clear()
+        torch.manual_seed(mix(args.seed, state.global_step, args.process_index) >> 1)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        grads = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+        norm = torch.stack([n.float() for n in torch._foreach_norm(grads)]).norm() if grads else torch.tensor(0.0)
+        values = torch.stack([norm, *(loss.float().reshape(()).to(norm.device) for loss in self.losses)])
+        bad = (~torch.isfinite(values)).any().double().reshape(1)
+        if self.trainer._sum(bad.cpu()).item():
+            step, batch = state.global_step, self.trainer.global_batch
+            what = "the loss" if not torch.isfinite(values[1:]).all() else "the gradient"
+            raise self.trainer.stopped(f"{what} of step {step + 1} is not finite (items {step * batch} to {(step + 1) * batch - 1} of the stream); no update was made")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        signum = self.signum
+        if args.world_size > 1:
+            signum = int(self.trainer._sum(torch.tensor([float(signum)], dtype=torch.float64)).item() / args.world_size)
+            signum = self.signum or (signal.SIGTERM if signum else 0)
+        if signum:
+            self.signum, control.should_save, control.should_training_stop = signum, True, True
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT set a flag; a second one of the same kind ends the process the ordinary way."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def remember(signum: int, frame: Any) -> None:
+            self.signum = signum
+            signal.signal(signum, before[signum])
+            log.warning("%s: saving at the end of this step", signal.Signals(signum).name)
+
+        before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        for s in before:
+            signal.signal(s, remember)
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+class Progress(TrainerCallback):
+    """Loss, tokens a second and time left; a bar on a terminal, lines elsewhere. Keeps the curve for the report."""
+
+    def __init__(self, trainer: ExactTrainer):
+        self.trainer, self.bar, self.begun = trainer, None, (0.0, 0, 0)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        from tqdm import tqdm
+
+        self.begun = (self.trainer.clock.seconds, self.trainer.tokens_seen, state.global_step)
+        self.trainer.clock.start()
+        if state.is_world_process_zero and not self.trainer.quiet:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=None, unit="step", leave=False)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        clock = self.trainer.clock
+        if args.torch_compile and state.global_step == self.begun[2] + 1:
+            # The first step compiles; its time stands beside the training time, not in it.
+            spent = clock.seconds - self.begun[0]
+            clock.training -= spent
+            clock.other["first_step"] += spent
+            self.begun = (clock.seconds, self.trainer.tokens_seen, state.global_step)
+        if self.bar:
+            self.bar.update(1)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        logs, trainer = logs or {}, self.trainer
+        seconds, tokens = trainer.clock.seconds - self.begun[0], trainer.tokens_seen - self.begun[1]
+        speed = tokens * args.world_size / seconds if seconds > 0 else 0.0
+        if "loss" in logs:
+            trainer.curve.append({"step": state.global_step, "loss": float(logs["loss"]), "tokens_per_second": round(speed, 1)})
+            steps = state.global_step - self.begun[2]
+            left = (state.max_steps - state.global_step) * seconds / steps if steps else 0.0
+            self._say(state, f"loss {float(logs['loss']):.4f}  lr {logs.get('learning_rate', 0):.2e}  {speed:,.0f} tokens/s  {_minutes(left)} left")
+        elif "eval_loss" in logs:
+            trainer.curve.append({"step": state.global_step, "held_out_loss": logs["eval_loss"], "bits_per_byte": logs["eval_bits_per_byte"]})
+            self._say(state, f"held-out loss {logs['eval_loss']:.4f}  {logs['eval_bits_per_byte']:.4f} bits per byte")
+
+    def _say(self, state: TrainerState, text: str) -> None:
+        if not state.is_world_process_zero or self.trainer.quiet:
+            return
+        if self.bar is not None and not self.bar.disable:
+            self.bar.set_postfix_str(text)
+        else:
+            log.info("step %d/%d  %s", state.global_step, state.max_steps, text)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.clock.stop()
+        if self.bar:
+            self.bar.close()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+
+class PretrainTrainer(ExactTrainer):
+    """Pretrain a model with an objective on a token set.
+
+    Args:
+        model: a decoder, encoder or encoder-decoder with its language-modelling head.
+        objective: e.g. `lmssl.MaskedTokens(rate=0.3)`.
+        train_dataset: a `TokenSet`; its held-out documents are the evaluation set.
+        args: TrainingArguments; `max_steps` must be set.
+        seq_length: tokens the model reads; None takes the positions of the model.
+        optimizer: "adamw" or "muon".
+
+    Raises:
+        UserError: a model of a family that the objective cannot train, a tokenizer that lacks what it needs, a
+            vocabulary larger than the model's.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        train_dataset: TokenSet,
+        args: TrainingArguments,
+        seq_length: int | None = None,
+        optimizer: str = "adamw",
+        quiet: bool = False,
+    ):
+        section = fields_of(objective)
+        family = models.check_family(model.config, objective, section["name"])
+        train_dataset.tokenizer.check(objective, section["name"])
+        rows, ids = model.get_input_embeddings().weight.shape[0], train_dataset.manifest["vocabulary"]
+        if ids > rows:
+            raise UserError(f"the tokenizer has {ids} ids, the model {rows} embeddings; models.build takes the size from the tokenizer")
+        if args.max_steps <= 0:
+            raise UserError(f"trainer.max_steps: {args.max_steps} must be at least 1 optimizer step")
+        length = seq_length or models.max_length(model.config)
+        if length is None:
+            raise UserError("seq_length: this model has no fixed number of positions; say how many tokens a row has")
+        self.seq_length, self.objective = length, objective
+        self.start = getattr(model.config, "decoder_start_token_id", None)
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        batch = world * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        stream = Stream(train_dataset, objective, length, args.seed, args.max_steps * batch, self.start)
+        collator = Collator(objective, length, family, stream.vocab.pad)
+        identity = train_dataset.identity | {"objective": section, "seed": args.seed, "batch": batch, "seq_length": length, "threads": torch.get_num_threads()}
+        super().__init__(models.prepare(model), args, stream, collator, optimizer, identity, quiet)
+        self.held_out_stream = held_out_stream(stream, length, self.start)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
+        """Held-out loss and bits per byte of the model as it stands."""
+        with self.clock.paused("evaluation"):
+            values = held_out(
+                self.model,
+                self.held_out_stream,
+                self.data_collator,  # type: ignore[arg-type]
+                self.args.per_device_eval_batch_size,
+                self.args.device,
+                (self.args.process_index, self.args.world_size),
+                self._sum,
+            )
+        metrics = {"eval_loss": values["loss"], "eval_bits_per_byte": values["bits_per_byte"]}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def metrics(self) -> dict[str, Any]:
+        """What metrics.json says of a finished run; held-out loss is measured in float32."""
+        seconds, tokens = self.clock.seconds, self._total_tokens()
+        self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        values = self.evaluate()
+        if not math.isfinite(values["eval_loss"]):
+            raise self.stopped("the held-out loss is not finite")
+        return {
+            "objective": fields_of(self.objective)["name"],
+            "family": models.family_of(self.model.config),
+            "architecture": self.model.config.model_type,
+            "parameters": models.parameters(self.model),
+            "seed": self.args.seed,
+            "steps": self.state.global_step,
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+            "held_out": {"loss": values["eval_loss"], "bits_per_byte": values["eval_bits_per_byte"]},
+            "other_seconds": {k: round(v, 3) for k, v in self.clock.other.items()},
+            "curve": self.curve,
+        }
