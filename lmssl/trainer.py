@@ -321,7 +321,7 @@ class Progress(TrainerCallback):
     """Loss, tokens a second and time left; a bar on a terminal, lines elsewhere. Keeps the curve for the report."""
 
     def __init__(self, trainer: ExactTrainer):
-        self.trainer, self.bar, self.begun = trainer, None, (0.0, 0, 0)
+        self.trainer, self.bar, self.begun, self.compiling = trainer, None, (0.0, 0, 0), True
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         from tqdm import tqdm
@@ -333,7 +333,8 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         clock = self.trainer.clock
-        if args.torch_compile and state.global_step == self.begun[2] + 1:
+        if args.torch_compile and self.compiling:
+            self.compiling = False
             # The first step compiles; its time stands beside the training time, not in it.
             spent = clock.seconds - self.begun[0]
             clock.training -= spent

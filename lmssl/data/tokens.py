@@ -127,8 +127,8 @@ def write(
 
     Args:
         texts: (document, where it stands); exact duplicates are dropped and counted.
-        held_out: a fraction chosen by content hash (never fewer than one document), or documents of their own, which
-            are then dropped from `texts`.
+        held_out: a fraction chosen by content hash (never fewer than one document; 0 holds nothing out), or documents
+            of their own, which are then dropped from `texts`.
         sources: what the manifest says of the text's origin.
 
     Raises:
@@ -153,7 +153,7 @@ def write(
             elif value < limit:
                 held.add(text)
                 any_held = True
-            elif not any_held and (waiting is None or value < waiting[0]):
+            elif limit and not any_held and (waiting is None or value < waiting[0]):
                 if waiting:
                     train.add(waiting[1])
                 waiting = (value, text)

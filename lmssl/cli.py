@@ -1,0 +1,182 @@
+"""The command line: each verb parses, calls one function and prints. Heavy imports wait until a verb needs them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lmssl import __version__
+from lmssl.errors import Interrupted, Stopped, UserError
+
+EPILOG = """\
+A recipe is a YAML file; any key can be set behind it as section.key=value, for example trainer.max_steps=100.
+Several processes: accelerate launch -m lmssl pretrain RECIPE, or torchrun --nproc-per-node 2 -m lmssl pretrain RECIPE.
+Exit status: 0 success, 2 a mistake to mend (one line says which), 3 stopped by lmssl (non-finite loss, full disk),
+128 + signal after SIGINT or SIGTERM, saved."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="lmssl", description="Self-supervised pretraining of text models, and proof that it pays.", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--version", action="version", version=f"lmssl {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], None], text: str, recipe: str = "") -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        if recipe:
+            sub.add_argument("recipe", metavar=recipe)
+            sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+        return sub
+
+    sub = verb("tokenizer", _tokenizer, "Train a tokenizer on text, or complete one that lacks mask or sentinels (--from).")
+    sub.add_argument("text", nargs="*", help="files, globs, folders, package:// files, each with an optional ::column")
+    sub.add_argument("--out", required=True, help="folder to write")
+    sub.add_argument("--kind", default="bpe", help="bpe (byte-level), wordpiece or unigram; default bpe")
+    sub.add_argument("--size", type=int, default=8192, help="number of ids, default 8192")
+    sub.add_argument("--held-out", type=float, default=0.0, help="fraction of documents, by content hash, that training does not see")
+    sub.add_argument("--from", dest="source", help="complete this tokenizer instead of training one")
+    verb("prepare", _prepare, "Tokenize a recipe's text ahead of time.", "RECIPE")
+    sub = verb("show", _show, "Print rows before and after the objective, in colour.", "RECIPE")
+    sub.add_argument("--rows", type=int, default=3)
+    sub = verb("pretrain", _pretrain, "Pretrain a backbone on unlabelled text.", "RECIPE")
+    sub.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint")
+    sub.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
+    sub.add_argument("--accept", action="append", default=[], metavar="KEY", help="resume although KEY (seed, batch, data, ...) changed")
+    sub = verb("finetune", _finetune, "Fine-tune on few labels, beside the same model from scratch.", "RECIPE")
+    sub.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
+    verb("evaluate", _evaluate, "Held-out loss and bits per byte of a checkpoint (on other text: data.text=PATH).", "CHECKPOINT")
+    sub = verb("report", _report, "Write report.html for one run or a set of runs.")
+    sub.add_argument("folders", nargs="+", metavar="FOLDER")
+    sub.add_argument("--png", action="store_true", help="the plots as PNG files too")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its status."""
+    sys.exit(run(argv))
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options, rest = parser().parse_known_args(argv)
+    for item in rest:
+        # Overrides may also stand behind options, where argparse does not expect them.
+        if item.startswith("-") or "=" not in item or not hasattr(options, "overrides"):
+            parser().error(f"unrecognized argument: {item}")
+        options.overrides.append(item)
+    _quiet_libraries()
+    try:
+        options.run(options)
+    except (UserError, Stopped, Interrupted) as error:
+        if isinstance(error, UserError) and os.environ.get("RANK", "0") != "0":
+            return error.exit_code
+        print(f"lmssl: error: {error}" if not isinstance(error, Interrupted) else f"lmssl: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("lmssl: interrupted before the run began; nothing was changed", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    return 0
+
+
+def _quiet_libraries() -> None:
+    rank = os.environ.get("RANK", "0")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("lmssl").setLevel(logging.INFO if rank == "0" else logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _silence_transformers() -> None:
+    import warnings
+
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    for text in (".*pin_memory.*", ".*lr_scheduler.step.*", ".*find_unused_parameters.*"):
+        warnings.filterwarnings("ignore", message=text)
+
+
+def _tokenizer(options: argparse.Namespace) -> None:
+    from lmssl import tokenization
+    from lmssl.data import corpus
+    from lmssl.data.tokens import below, content_hash
+
+    if bool(options.source) == bool(options.text):
+        raise UserError("tokenizer: give text to train on, or --from FOLDER to complete an existing tokenizer")
+    if (Path(options.out) / "tokenizer.json").exists():
+        raise UserError(f"--out: {options.out} holds a tokenizer already")
+    if options.source:
+        tokenizer = tokenization.load(options.source)
+        added = tokenizer.complete()
+        print(f"added {len(added)} special tokens" + (f": {', '.join(added[:5])} ..." if added else ""))
+    else:
+        limit = below(options.held_out)
+        texts = (text for text, _ in corpus.documents(corpus.resolve(options.text, "text")) if content_hash(text) >= limit)
+        tokenizer = tokenization.train(texts, options.kind, options.size)
+    tokenizer.save(options.out)
+    print(f"{options.out}: {tokenizer.size} ids, sha256 {tokenizer.hash}")
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from lmssl.data import tokens
+    from lmssl.objectives import make
+    from lmssl.recipe import PretrainRecipe
+
+    recipe = PretrainRecipe.load(options.recipe, options.overrides)
+    tokenizer, objective = recipe.tokenizer(), make(recipe.objective)
+    tokenizer.check(objective, recipe.objective["name"])
+    prepared = tokens.prepare(recipe.data.text, tokenizer, recipe.data.held_out)
+    for split in ("train", "held_out"):
+        counts = prepared.manifest[split]
+        print(f"{split:9} {counts['documents']:>10,} documents  {counts['tokens']:>13,} tokens  {counts['bytes']:>14,} bytes")
+    print(f"{prepared.manifest['duplicates']:,} exact duplicates dropped; in {prepared.folder}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    from lmssl import display
+    from lmssl.recipe import PretrainRecipe
+
+    for block in display.rows(PretrainRecipe.load(options.recipe, options.overrides), options.rows, colour=display.wants_colour(sys.stdout)):
+        print(block)
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from lmssl import recipe
+
+    loaded = recipe.PretrainRecipe.load(options.recipe, options.overrides)
+    _silence_transformers()
+    metrics = recipe.pretrain(loaded, resume=options.resume, overwrite=options.overwrite, accept=tuple(options.accept))
+    if os.environ.get("RANK", "0") == "0":
+        held = metrics["held_out"]
+        print(f"held-out loss {held['loss']:.4f}, {held['bits_per_byte']:.4f} bits per byte; model in {loaded.trainer['output_dir']}")
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    from lmssl import recipe
+
+    loaded = recipe.FinetuneRecipe.load(options.recipe, options.overrides)
+    _silence_transformers()
+    recipe.finetune(loaded, overwrite=options.overwrite)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from lmssl import recipe
+
+    _silence_transformers()
+    held = recipe.evaluate(options.recipe, options.overrides)["held_out"]
+    print(f"held-out loss {held['loss']:.6f}, {held['bits_per_byte']:.6f} bits per byte")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from lmssl import report
+
+    print(report.write([Path(f) for f in options.folders], png=options.png))
