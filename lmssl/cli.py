@@ -21,7 +21,9 @@ Exit status: 0 success, 2 a mistake to mend (one line says which), 3 stopped by 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="lmssl", description="Self-supervised pretraining of text models, and proof that it pays.", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        prog="lmssl", description="Self-supervised pretraining of text models, and proof that it pays.", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     top.add_argument("--version", action="version", version=f"lmssl {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -142,11 +144,13 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from lmssl import display
-    from lmssl.recipe import PretrainRecipe
+    from lmssl import display, recipe
 
-    for block in display.rows(PretrainRecipe.load(options.recipe, options.overrides), options.rows, colour=display.wants_colour(sys.stdout)):
-        print(block)
+    stream, tokenizer = recipe.preview(recipe.PretrainRecipe.load(options.recipe, options.overrides), options.rows)
+    colour = display.wants_colour(sys.stdout)
+    print(display.legend(colour))
+    for i in range(options.rows):
+        print("\n" + display.row(stream, tokenizer, i, colour))
 
 
 def _pretrain(options: argparse.Namespace) -> None:

@@ -27,8 +27,7 @@ class _Loader(yaml.SafeLoader):
 
 _REPLACED = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "timestamp")}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in _REPLACED]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in _REPLACED] for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
@@ -175,6 +174,12 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
         raise UserError(f"{where}: {error}") from error
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would read as something else."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 def dump(recipe: Mapping[str, Any]) -> str:
-    """YAML that `load` reads back to the same recipe, one section after the other, flow style inside a line where short."""
-    return yaml.safe_dump(json.loads(json.dumps(recipe)), sort_keys=False, allow_unicode=True, width=100)
+    """YAML that `load` reads back to the same recipe."""
+    return yaml.dump(json.loads(json.dumps(recipe)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

@@ -57,9 +57,7 @@ def check_family(config: PretrainedConfig, objective: Objective, name: str) -> F
         from lmssl.objectives import OBJECTIVES
 
         fitting = [n for n, o in OBJECTIVES.items() if family in o.families]  # type: ignore[attr-defined]
-        raise UserError(
-            f"objective.name: '{name}' trains {' and '.join(sorted(objective.families))} models; '{config.model_type}' is a {family} (use {' or '.join(fitting)})"
-        )
+        raise UserError(f"objective.name: '{name}' trains {' and '.join(sorted(objective.families))} models; '{config.model_type}' is a {family} (use {' or '.join(fitting)})")
     return family
 
 
@@ -94,7 +92,7 @@ def known_keys(cls: type) -> set[str]:
     if dataclasses.is_dataclass(cls):
         names = {f.name for f in dataclasses.fields(cls)}
     else:
-        names = {p for base in cls.__mro__ for p in inspect.signature(base.__init__).parameters}
+        names = {p for base in cls.__mro__ for p in inspect.signature(base).parameters}
     hidden = {"self", "kwargs", "args", "transformers_version", "architectures", "model_type", "name_or_path"}
     return (names | set(getattr(cls, "attribute_map", {})) | {"attn_implementation", "tie_word_embeddings", "layer_types"}) - hidden
 
@@ -131,10 +129,12 @@ def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_le
         raise UserError(f"model.vocab_size: {section['vocab_size']}, but the tokenizer has {vocab.size} ids; leave it out")
     config.vocab_size = vocab.size
     _set_ids(config, family, vocab)
-    _set_positions(config, AUTO[family], section, needed)
     torch.manual_seed(seed)
     try:
+        _set_positions(config, AUTO[family], section, needed)
         model = AUTO[family].from_config(config, **_attention(section))
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"model: {config.model_type} cannot be built from this configuration: {' '.join(str(error).split())}") from error
     return model.float()
@@ -175,7 +175,7 @@ def position_offset(model: nn.Module) -> int:
     """The first position's number: RoBERTa and its kin count from padding_idx + 1."""
     for module in model.modules():
         if hasattr(module, "create_position_ids_from_input_ids") and getattr(module, "padding_idx", None) is not None:
-            return int(module.padding_idx) + 1
+            return int(module.padding_idx) + 1  # type: ignore[arg-type]
     return 0
 
 
@@ -194,9 +194,7 @@ def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Fami
     if positions is not None and positions < needed:
         raise UserError(f"data.seq_length: the rows need {needed} positions, {source} has {positions}")
     try:
-        model, info = AUTO[family].from_pretrained(
-            source, output_loading_info=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, **_attention(section)
-        )
+        model, info = AUTO[family].from_pretrained(source, output_loading_info=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, **_attention(section))
     except Exception as error:
         raise UserError(f"model.from: {source}: the weights cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if info["missing_keys"]:

@@ -49,7 +49,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = closure() if closure else None
         for part in self._parts:
-            part.step()
+            part.step()  # type: ignore[operator]
         return loss
 
 

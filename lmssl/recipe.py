@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from lmssl import __version__, config, tokenization
 from lmssl.data import tokens
+from lmssl.data.stream import Stream
 from lmssl.data.tokens import TokenSet
 from lmssl.errors import UserError
 from lmssl.objectives import fields_of, make
@@ -87,9 +88,6 @@ class PretrainRecipe:
             log.info("data.tokenizer: %s lacked special tokens; added %d: %s ...", source, len(added), ", ".join(added[:3]))
         return tokenizer
 
-    def held_out(self) -> float | str:
-        return self.data.held_out
-
 
 @dataclass(frozen=True)
 class FinetuneData:
@@ -144,7 +142,17 @@ class FinetuneRecipe:
 
 # --- the trainer section -------------------------------------------------------------------------------------------
 
-POSITIVE = ("learning_rate", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "num_train_epochs", "logging_steps", "save_steps", "eval_steps")
+POSITIVE = (
+    "learning_rate",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+)
 NOT_NEGATIVE = ("weight_decay", "warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers", "adam_epsilon")
 BELOW_ONE = ("adam_beta1", "adam_beta2")
 
@@ -368,6 +376,14 @@ def examples(objective: Objective, trainer: Any, tokenizer: Tokenizer, count: in
     return shown
 
 
+def preview(recipe: PretrainRecipe, rows: int) -> tuple[Stream, Tokenizer]:
+    """The first rows of the run that a recipe would start, without a model."""
+    objective, tokenizer = make(recipe.objective), recipe.tokenizer()
+    tokenizer.check(objective, recipe.objective["name"])
+    token_set = tokens.prepare(recipe.data.text, tokenizer, recipe.data.held_out)
+    return Stream(token_set, objective, recipe.data.seq_length, int(recipe.trainer.get("seed", 0)), rows), tokenizer
+
+
 # --- finetune ------------------------------------------------------------------------------------------------------
 
 
@@ -398,7 +414,7 @@ def finetune(recipe: FinetuneRecipe, *, overwrite: bool = False, quiet: bool = F
 def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]:
     """Held-out loss and bits per byte of a checkpoint, on its own held-out text or on `data.text=PATH`."""
     from lmssl import models
-    from lmssl.data.stream import Collator, Stream
+    from lmssl.data.stream import Collator
     from lmssl.evaluation import held_out, result
 
     folder = Path(checkpoint)
@@ -406,7 +422,7 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     checkpoint_config = models.read_config(checkpoint, "CHECKPOINT")
     family = models.family_of(checkpoint_config)
     fallback = {"decoder": "next_token", "encoder": "masked", "encoder-decoder": "span_corruption"}[family]
-    sections = {"data": {"seq_length": models.max_length(checkpoint_config) or 128}, "objective": {"name": fallback}, "model": {}, "trainer": {}} | saved
+    sections: dict[str, dict[str, Any]] = {"data": {"seq_length": models.max_length(checkpoint_config) or 128}, "objective": {"name": fallback}, "model": {}, "trainer": {}} | saved
     sections = config.apply_overrides(sections, overrides, ("data", "objective", "trainer"))
     own_text = not any(o.startswith("data.text=") for o in overrides)
     if own_text and "text" not in sections["data"]:

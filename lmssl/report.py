@@ -1,2 +1,265 @@
-def model_card(m, r): return "# model\n"
-def label_table(m): return str(m.get("summary"))
+"""One offline HTML page per run or set of runs, the same plots as PNG, and the model card."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lmssl.errors import UserError
+
+COLOURS = {"pretrained": "#1f77b4", "scratch": "#d62728", "held out": "#2ca02c", "training": "#7f7f7f"}
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
+h1 { font-size: 1.7rem } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem } h3 { margin-top: 1.5rem }
+table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e5e5e5 }
+th:first-child, td:first-child { text-align: left } caption { text-align: left; color: #666; padding-bottom: .3rem }
+figure { margin: 1rem 0 } svg { max-width: 100%; height: auto } figcaption, .note { color: #666; font-size: .9rem }
+.rows p { font: .85rem/1.45 ui-monospace, monospace; overflow-wrap: anywhere; margin: .2rem 0 .6rem; padding: .5rem; background: #f6f6f6 }
+.rows b { color: #666; font-weight: 600 } mark { background: #ffe08a; padding: 0 .1em } .verdict { font-weight: 600 }
+"""
+
+
+def write(folders: list[Path], *, png: bool = False) -> Path:
+    """Write report.html into the first folder, from every metrics.json below the folders; returns its path.
+
+    Raises:
+        UserError: a folder that is none, or without metrics.json, or one that cannot be read; no matplotlib.
+    """
+    runs: list[tuple[Path, dict[str, Any]]] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        found = sorted(p for p in folder.rglob("metrics.json") if not any("checkpoint-" in part for part in p.parts))
+        if not found:
+            raise UserError(f"{folder}: no metrics.json in it or below; a finished run leaves one")
+        for path in found:
+            try:
+                runs.append((path.parent, json.loads(path.read_text(encoding="utf-8"))))
+            except ValueError as error:
+                raise UserError(f"{path}: not valid JSON: {error}") from None
+    runs.sort(key=lambda run: "results" in run[1])
+    target = folders[0] / "report.html"
+    target.write_text(page(runs, folders[0] if png else None), encoding="utf-8")
+    return target
+
+
+def page(runs: list[tuple[Path, dict[str, Any]]], pngs: Path | None = None) -> str:
+    """The whole page. `pngs`: a folder that gets every plot as PNG too."""
+    parts = []
+    evidence = [m for _, m in runs if "results" in m]
+    for metrics in evidence:
+        parts.append(f'<p class="verdict">{html.escape(verdict(metrics))}</p>')
+    for number, (folder, metrics) in enumerate(runs):
+        name = f"{number + 1}-{folder.name}"
+
+        def figure(kind: str, draw: Callable[[Any], None], caption: str, name: str = name) -> str:
+            return f"<figure>{_svg(draw, pngs / f'{name}-{kind}.png' if pngs else None)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+        parts.append((_finetuned if "results" in metrics else _pretrained)(folder, metrics, figure))
+    title = "lmssl: " + ", ".join(dict.fromkeys(folder.name for folder, _ in runs))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _pretrained(folder: Path, metrics: dict[str, Any], figure: Callable[..., str]) -> str:
+    curve = metrics.get("curve", [])
+    held = metrics.get("held_out", {})
+    facts = [
+        ("objective", metrics.get("objective")),
+        ("model", f"{metrics.get('architecture')} ({metrics.get('family')}), {metrics.get('parameters', 0):,} parameters"),
+        ("steps, tokens", f"{metrics.get('steps', 0):,} steps, {metrics.get('tokens', 0):,} tokens"),
+        ("training time", f"{metrics.get('seconds', 0) / 60:.1f} minutes, {metrics.get('tokens_per_second', 0):,.0f} tokens/s"),
+        ("held-out loss", f"{held.get('loss', math.nan):.4f} nats a token, {held.get('bits_per_byte', math.nan):.4f} bits per byte"),
+        *_machine(metrics),
+    ]
+    body = f"<h2>Pretraining: {html.escape(folder.name)}</h2>{_facts(facts)}"
+    if len([c for c in curve if "loss" in c]) > 1:
+        body += figure("loss", lambda ax: _draw_loss(ax, curve, held), "Loss over optimizer steps; the last held-out point is the final model in float32.")
+        body += figure("throughput", lambda ax: _draw_speed(ax, curve), "Input tokens a second since the start, padding left out.")
+    if metrics.get("rows_shown"):
+        body += "<h3>What the model was asked</h3>" + "".join(_row(r) for r in metrics["rows_shown"])
+    return body
+
+
+def _row(shown: dict[str, str]) -> str:
+    def part(name: str, text: str) -> str:
+        marked = html.escape(text[:1500])
+        for token in ("&lt;mask&gt;", "[MASK]", *(f"&lt;extra_id_{i}&gt;" for i in range(99, -1, -1))):
+            marked = marked.replace(token, f"<mark>{token}</mark>")
+        return f"<b>{name}</b><p>{marked}{' ...' if len(text) > 1500 else ''}</p>"
+
+    same = shown["input"] == shown["row"]
+    return f'<div class="rows">{part("text", shown["row"])}{"" if same else part("input", shown["input"])}{part("labels", shown["labels"])}</div>'
+
+
+def _finetuned(folder: Path, metrics: dict[str, Any], figure: Callable[..., str]) -> str:
+    seeds = len({r["seed"] for r in metrics["results"]})
+    facts = [
+        ("backbone", f"{metrics.get('backbone')} ({metrics.get('architecture')}, {metrics.get('family')})"),
+        ("test set", f"{metrics.get('test_examples', 0):,} examples; the largest class alone gives {metrics.get('majority', 0):.1%}"),
+        ("runs", f"{len(metrics['results'])}: {seeds} seeds, both inits, the same subsets, steps and learning rate ({metrics.get('learning_rate')})"),
+        ("time", f"{metrics.get('seconds', 0) / 60:.1f} minutes"),
+        *_machine(metrics),
+    ]
+    rows = "".join(f"<tr><td>{r['labels']:,}</td><td>{_percent(r['scratch'])}</td><td>{_percent(r['pretrained'])}</td><td>{_gain(r['gain'])}</td></tr>" for r in metrics["summary"])
+    table = (
+        f"<table><caption>{html.escape(metrics['metric'])}, mean ± standard deviation over {seeds} seeds; gain paired by seed with its 95% interval</caption>"
+        f"<tr><th>labels</th><th>scratch</th><th>pretrained</th><th>gain</th></tr>{rows}</table>"
+    )
+    plot = figure("labels", lambda ax: _draw_labels(ax, metrics), "Each point is one seed; the line joins the means, the band is one standard deviation.")
+    return f"<h2>{html.escape(metrics['task'].capitalize())} on few labels: {html.escape(folder.name)}</h2>{table}{plot}{_facts(facts)}"
+
+
+def verdict(metrics: dict[str, Any]) -> str:
+    """One sentence on what pretraining bought, negative results included."""
+    gains = [row["gain"] for row in metrics["summary"]]
+    mean, error = mean_gain(metrics)
+    sure = sum(g["interval"][0] > 0 for g in gains)
+    if not mean > error:
+        return f"No gain shown: pretraining changes {metrics['task']} {metrics['metric']} by {100 * mean:+.1f} points (standard error {100 * error:.1f})."
+    return (
+        f"Pretraining changes {metrics['task']} {metrics['metric']} by {100 * mean:+.1f} points on average (standard error {100 * error:.1f}); "
+        f"the gain exceeds its 95% interval at {sure} of {len(gains)} label counts."
+    )
+
+
+def mean_gain(metrics: dict[str, Any]) -> tuple[float, float]:
+    """The mean over the label counts of the paired gain, and its standard error over seeds."""
+    seeds = sorted({r["seed"] for r in metrics["results"]})
+    sign = {"pretrained": 1.0, "scratch": -1.0}
+    counts = len(metrics["summary"])
+    means = [sum(sign[r["init"]] * r["score"] for r in metrics["results"] if r["seed"] == s) / counts for s in seeds]
+    mean = sum(means) / len(means)
+    if len(means) < 2:
+        return mean, float("nan")
+    return mean, math.sqrt(sum((m - mean) ** 2 for m in means) / (len(means) - 1) / len(means))
+
+
+def label_table(metrics: dict[str, Any]) -> str:
+    """`labels | scratch | pretrained | gain`, for a terminal and Markdown alike."""
+    lines = ["| labels | scratch | pretrained | gain |", "|---:|---:|---:|---:|"]
+    lines += [f"| {r['labels']:,} | {_percent(r['scratch'])} | {_percent(r['pretrained'])} | {_gain(r['gain'])} |" for r in metrics["summary"]]
+    return "\n".join([*lines, "", verdict(metrics)])
+
+
+def _percent(value: dict[str, float]) -> str:
+    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}"
+
+
+def _gain(gain: dict[str, Any]) -> str:
+    low, high = gain["interval"]
+    return f"{100 * gain['mean']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" if math.isfinite(low) else f"{100 * gain['mean']:+.1f}"
+
+
+def _machine(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    env = metrics.get("environment")
+    if not env:
+        return []
+    return [
+        ("machine", f"{env['device']}, {env['threads']} threads, {env['processes']} process(es)"),
+        ("versions", f"lmssl {env['lmssl']}, torch {env['torch']}, transformers {env['transformers']}"),
+    ]
+
+
+def _facts(facts: list[tuple[str, Any]]) -> str:
+    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in facts)
+    return f"<table>{rows}</table>"
+
+
+def _svg(draw: Callable[[Any], None], png: Path | None) -> str:
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("report: needs matplotlib; pip install 'lmssl[report]'") from None
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "lmssl", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}):
+        figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+        draw(figure.subplots())
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        if png:
+            figure.savefig(png, dpi=150)
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _draw_loss(ax: Any, curve: list[dict[str, float]], held: dict[str, float]) -> None:
+    training = [c for c in curve if "loss" in c]
+    measured = [c for c in curve if "held_out_loss" in c]
+    ax.plot([c["step"] for c in training], [c["loss"] for c in training], color=COLOURS["training"], label="training")
+    if measured:
+        ax.plot([c["step"] for c in measured], [c["held_out_loss"] for c in measured], "o-", color=COLOURS["held out"], label="held out")
+    ax.set(xlabel="optimizer step", ylabel="loss (nats a labelled token)")
+    ax.legend(frameon=False)
+
+
+def _draw_speed(ax: Any, curve: list[dict[str, float]]) -> None:
+    points = [(c["step"], c["tokens_per_second"]) for c in curve if "tokens_per_second" in c]
+    ax.plot(*zip(*points, strict=True), color=COLOURS["training"])
+    ax.set(xlabel="optimizer step", ylabel="tokens a second", ylim=(0, None))
+
+
+def _draw_labels(ax: Any, metrics: dict[str, Any]) -> None:
+    for init in ("scratch", "pretrained"):
+        colour = COLOURS[init]
+        x = [row["labels"] for row in metrics["summary"]]
+        mean = [100 * row[init]["mean"] for row in metrics["summary"]]
+        std = [100 * row[init]["std"] for row in metrics["summary"]]
+        ax.plot(x, mean, "-", color=colour, label=init)
+        ax.fill_between(x, [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)], color=colour, alpha=0.15, linewidth=0)
+        points = [(r["labels"], 100 * r["score"]) for r in metrics["results"] if r["init"] == init]
+        ax.plot(*zip(*points, strict=True), ".", color=colour, alpha=0.6)
+    ax.axhline(100 * metrics.get("majority", 0.5), color="#999", linestyle=":", label="largest class")
+    ax.set_xscale("log")
+    ax.set_xticks(x, [f"{v:,}" for v in x])
+    ax.minorticks_off()
+    ax.set(xlabel="labelled examples", ylabel=f"{metrics['metric']} (%)")
+    ax.legend(frameon=False)
+
+
+def model_card(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """The README.md of a checkpoint: how it was made and what was measured."""
+    import yaml
+
+    from lmssl.models import AUTO
+
+    held, auto = metrics["held_out"], AUTO[metrics["family"]].__name__
+    folder = recipe["trainer"]["output_dir"]
+    return f"""---
+library_name: transformers
+tags: [lmssl, {metrics["objective"]}]
+---
+# {Path(folder).name}
+
+A {metrics["architecture"]} {metrics["family"]} of {metrics["parameters"]:,} parameters, pretrained with lmssl by `{metrics["objective"]}`.
+
+| measured | |
+|---|---|
+| held-out loss | {held["loss"]:.4f} nats a labelled token |
+| bits per byte | {held["bits_per_byte"]:.4f} |
+| tokens | {metrics["tokens"]:,} in {metrics["steps"]:,} steps |
+| training time | {metrics["seconds"]:.0f} s, {metrics["tokens_per_second"]:,.0f} tokens/s |
+| seed | {metrics["seed"]} |
+
+```python
+from transformers import {auto}, AutoTokenizer
+model = {auto}.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+
+The recipe that made it (`recipe.yaml`):
+
+```yaml
+{yaml.safe_dump(recipe, sort_keys=False, width=100).rstrip()}
+```
+"""

@@ -57,7 +57,9 @@ class Tokenizer:
     @property
     def hash(self) -> str:
         """sha256 over what decides ids and roles."""
-        content = json.dumps([json.loads(self.backend.to_str()), self.roles, self.sentinels], sort_keys=True)
+        # Unigram scores change in their last digit when they are written and read again.
+        spec = json.loads(self.backend.to_str(), parse_float=lambda digits: round(float(digits), 6))
+        content = json.dumps([spec, self.roles, self.sentinels], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -157,7 +159,7 @@ def _token_facts(texts: list[str], special: np.ndarray, backend: Any) -> tuple[n
             sizes[i] = 1 if byte else len(text.encode())
         stripped = text.rstrip("\"'”’)]")
         ends[i] = stripped[-1:] in tuple(".!?…。！？")
-        starts[i] = starts[i] or (style == "byte-level" and token[0] in "!\"#$%&()*+,-./:;<=>?@[\\]^_`{|}~")
+        starts[i] = starts[i] or (style == "byte-level" and token[0] in '!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~')
     return starts, ends, sizes
 
 
@@ -249,8 +251,8 @@ def train(texts: Iterable[str], kind: str = "bpe", size: int = 8192) -> Tokenize
     Raises:
         UserError: an unknown kind, a size too small to hold the special tokens and the alphabet.
     """
-    from tokenizers import AddedToken, Tokenizer as Backend
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer as Backend
 
     special = [*ROLES.values(), *([] if kind == "bpe" else ["<unk>"]), *SENTINELS]
     tokens = [AddedToken(t, normalized=False, special=True) for t in special]
@@ -261,9 +263,7 @@ def train(texts: Iterable[str], kind: str = "bpe", size: int = 8192) -> Tokenize
     if kind == "bpe":
         backend = Backend(models.BPE())
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        trainer: Any = trainers.BpeTrainer(
-            vocab_size=size, special_tokens=tokens, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=2, show_progress=False
-        )
+        trainer: Any = trainers.BpeTrainer(vocab_size=size, special_tokens=tokens, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=2, show_progress=False)
     elif kind == "wordpiece":
         backend = Backend(models.WordPiece(unk_token="<unk>"))
         backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()

@@ -81,7 +81,7 @@ class Clock:
                 self.start()
 
 
-class ExactTrainer(transformers.Trainer):
+class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
     """What pretraining and fine-tuning share.
 
     * One loss (`token_loss`), divided by the labels of the whole optimizer step over all ranks.
@@ -114,6 +114,11 @@ class ExactTrainer(transformers.Trainer):
         args.remove_unused_columns = args.logging_nan_inf_filter = args.ignore_data_skip = False
         args.save_total_limit, args.average_tokens_across_devices = None, True
         args.disable_tqdm = True
+        # accelerate's bf16 widens every output to float32: at a vocabulary of 8k that copy costs a quarter of the
+        # step. lmssl casts around the forward pass itself; sharded training keeps accelerate's own way.
+        self.autocast = bool(args.bf16 and not args.fsdp and not args.deepspeed)
+        if self.autocast:
+            args.mixed_precision = "no"
         super().__init__(model, args, data_collator, train_dataset, compute_loss_func=token_loss)  # type: ignore[arg-type]
         if args.n_gpu > 1:
             raise UserError(f"trainer: {args.n_gpu} GPUs are visible to one process; start one process each: accelerate launch -m lmssl ...")
@@ -121,11 +126,15 @@ class ExactTrainer(transformers.Trainer):
             self.remove_callback(callback)
         self.optimizer_kind, self.identity, self.quiet = optimizer, identity or {}, quiet
         self.clock, self.tokens_seen, self.curve = Clock(), 0, list[dict[str, float]]()
+        self._tokens_before = 0  # counted by all ranks before this resume
         self._stage: Path | None = None
         self._known_good: set[str] = set()
         self.guard = _Guard(self)
         self.add_callback(self.guard)
         self.add_callback(Progress(self))
+
+    optimizer: Any
+    control: Any
 
     @property
     def global_batch(self) -> int:
@@ -145,6 +154,12 @@ class ExactTrainer(transformers.Trainer):
         if self.args.world_size > 1:
             count = self.accelerator.gather(count.to(device)).sum()
         return batches, count.to(device).clamp(min=1)
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        stack = super().compute_loss_context_manager()
+        if self.autocast:
+            stack.enter_context(torch.autocast(self.args.device.type, torch.bfloat16))
+        return stack
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self.tokens_seen += self.count(inputs)
@@ -212,8 +227,6 @@ class ExactTrainer(transformers.Trainer):
         if self.args.world_size == 1:
             return value
         return self.accelerator.reduce(value.to(self.args.device), "sum").cpu()
-
-    _tokens_before = 0
 
     def stopped(self, reason: str) -> Stopped:
         """The exception for a run that lmssl ends itself, naming the last good checkpoint."""
@@ -304,7 +317,7 @@ class _Guard(TrainerCallback):
 
         def remember(signum: int, frame: Any) -> None:
             self.signum = signum
-            signal.signal(signum, before[signum])
+            signal.signal(signum, before[signal.Signals(signum)])
             log.warning("%s: saving at the end of this step", signal.Signals(signum).name)
 
         before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -321,7 +334,8 @@ class Progress(TrainerCallback):
     """Loss, tokens a second and time left; a bar on a terminal, lines elsewhere. Keeps the curve for the report."""
 
     def __init__(self, trainer: ExactTrainer):
-        self.trainer, self.bar, self.begun, self.compiling = trainer, None, (0.0, 0, 0), True
+        self.trainer, self.begun, self.compiling = trainer, (0.0, 0, 0), True
+        self.bar: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         from tqdm import tqdm
@@ -441,7 +455,6 @@ class PretrainTrainer(ExactTrainer):
     def metrics(self) -> dict[str, Any]:
         """What metrics.json says of a finished run; held-out loss is measured in float32."""
         seconds, tokens = self.clock.seconds, self._total_tokens()
-        self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
         values = self.evaluate()
         if not math.isfinite(values["eval_loss"]):
             raise self.stopped("the held-out loss is not finite")

@@ -105,7 +105,7 @@ def _resolve_one(name: str, where: str) -> list[Source]:
             raise UserError(f"{where}: nothing matches {text}")
         return [_file(p, column, where) for p in files]
     hub, _, split = text.partition("@")
-    if hub.count("/") <= 1 and not hub.startswith((".", "/", "~")) and _kind(path) not in KINDS:
+    if ("/" in hub or "." not in hub) and hub.count("/") <= 1 and not hub.startswith((".", "/", "~")) and _kind(path) not in KINDS:
         return [Source(hub, "hub", column or None, split or "train")]
     siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
     raise UserError(f"{where}: no such file or folder: {text}" + (f"; {did_you_mean(text, siblings)}" if siblings else ""))
@@ -309,8 +309,7 @@ def _table(stream: IO[bytes], path: str, delimiter: str) -> Iterator[Record]:
         for line_number, line in _lines(stream, path):  # noqa: B007
             yield line + "\n"
 
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    reader = csv.reader(lines(), delimiter=delimiter, quoting=quoting, strict=True)
+    reader = csv.reader(lines(), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE, strict=True)
     header: list[str] | None = None
     while True:
         begin = line_number + 1

@@ -143,9 +143,9 @@ def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Ten
     Returns:
         A float32 scalar.
     """
-    import torch.nn.functional as F
+    from lmssl.objectives.cross_entropy import summed_cross_entropy
 
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
     labels = labels.reshape(-1)
-    total = F.cross_entropy(logits.reshape(labels.numel(), -1).float(), labels, ignore_index=IGNORE, reduction="sum")
+    total = summed_cross_entropy(logits.reshape(labels.numel(), -1), labels)
     return total / ((labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lmssl.objectives.base import IGNORE, Arrays, Family, Row, Vocab, check_rate, round_random, spans_of
+from lmssl.objectives.base import Arrays, Family, Row, Vocab, check_rate, round_random, spans_of
 
 
 def random_lengths(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
@@ -222,13 +222,13 @@ class Infilling:
         if len(ordinary) < 2:
             return ids
         first, last = int(ordinary[0]), int(ordinary[-1]) + 1
-        text = ids[first:last]
+        text, mask = ids[first:last], int(vocab.mask or 0)
         if self.permute:
             text = self._shuffle_sentences(text, vocab, rng)
         if self.rate:
             text = self._infill(text, vocab, rng)
         if self.mask_rate:
-            text = np.where(~vocab.special[text] & (rng.random(len(text)) < self.mask_rate), vocab.mask, text)
+            text = np.where(~vocab.special[text] & (rng.random(len(text)) < self.mask_rate), mask, text)
         if self.delete_rate:
             text = text[vocab.special[text] | (rng.random(len(text)) >= self.delete_rate)]
         if self.rotate and len(text) > 1 and rng.random() < self.rotate:
@@ -264,7 +264,7 @@ class Infilling:
             pieces += [text[at : at + gap], np.array([vocab.mask]), hidden[vocab.special[hidden]]]
             at += gap + span
         filled = np.concatenate([*pieces, text[at:]])
-        return np.insert(filled, rng.integers(0, len(filled) + 1, size=inserted), vocab.mask)
+        return np.insert(filled, rng.integers(0, len(filled) + 1, size=inserted), int(vocab.mask or 0))
 
 
 def _up(length: int, multiple: int = 8) -> int:

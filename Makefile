@@ -1,0 +1,43 @@
+# Each target makes the environment that it needs; `make` alone prints this list.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+OLDEST := .venv-oldest
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check test-oldest drills bench clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[quickstart,tasks,dev]'
+	@touch $@
+
+quickstart: $(VENV)/.installed ## set up, then pretrain, fine-tune and report on film reviews (under 12 minutes on 2 cores)
+	$(BIN)/lmssl pretrain recipes/pretrain/quickstart.yaml --overwrite
+	$(BIN)/lmssl finetune recipes/finetune/quickstart.yaml --overwrite
+	@printf 'report: ' && $(BIN)/lmssl report runs/quickstart
+
+test: $(VENV)/.installed ## set up and run the tests (under 5 minutes on 2 cores)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: $(VENV)/.installed ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-oldest: ## the tests with the lowest versions that pyproject.toml declares
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint tests/constraints-oldest.txt --editable '.[quickstart,tasks,dev]'
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest
+
+drills: $(VENV)/.installed ## kill a training run at random steps and resume it: bit-identical or it fails (about 10 minutes)
+	$(BIN)/python -m tests.drills.resume
+
+bench: $(VENV)/.installed ## corruption, stream and step times on this machine
+	$(BIN)/python -m tests.bench.objectives
+
+clean: ## remove environments and caches, keep runs
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,47 @@
+"""First steps of every architecture, pretraining and sentiment, saved for comparison; run by one process or torchrun."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import lmssl
+from lmssl import tokenization
+from lmssl.data.stream import mix
+from lmssl.tasks.base import Collator, Example, Few
+from lmssl.tasks.sentiment import Sentiment
+from lmssl.trainer import ExactTrainer
+from tests.helpers import OBJECTIVE, arguments, first_step, sentences, small_model, token_set
+
+SENTIMENT = {"decoder": "llama", "encoder": "modernbert", "encoder-decoder": "t5"}
+
+
+def sentiment_step(family: str, tokens, micro: int, folder: Path) -> tuple[float, torch.Tensor]:
+    architecture = SENTIMENT[family]
+    small_model(architecture, tokens.vocab()).save_pretrained(folder)
+    task, tokenizer = Sentiment(), tokenization.load(tokens.folder / "tokenizer")
+    examples = [Example(text, str(n % 2), "") for n, text in enumerate(sentences(16))]
+    items = task.encode(tokenizer, family, examples, ["0", "1"], 32)
+    model = task.model(str(folder), str(folder), ["0", "1"], 0)
+    args = arguments(folder, max_steps=1, per_device_train_batch_size=micro, max_grad_norm=0.0)
+    return first_step(ExactTrainer(model, args, Few(items, mix(0), 8), Collator(tokens.vocab().pad), quiet=True))
+
+
+def main(shared: str, architectures: str, out: str, micro: str) -> None:
+    tokens, world, steps = token_set(Path(shared)), int(os.environ.get("WORLD_SIZE", 1)), {}
+    folder = Path(tempfile.mkdtemp())
+    for name in architectures.split(","):
+        args = arguments(folder, max_steps=1, per_device_train_batch_size=int(micro), max_grad_norm=0.0)
+        trainer = lmssl.PretrainTrainer(small_model(name, tokens.vocab()), OBJECTIVE[name], tokens, args, 32, quiet=True)
+        assert trainer.args.world_size == world
+        steps[name] = first_step(trainer)
+    for family in SENTIMENT:
+        steps[f"sentiment {family}"] = sentiment_step(family, tokens, int(micro), folder / family)
+    if os.environ.get("RANK", "0") == "0":
+        torch.save({"world": world, "steps": steps}, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

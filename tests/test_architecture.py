@@ -1,0 +1,118 @@
+"""The shape of the code: floors, file sizes, and the tree that the README shows."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lmssl"
+FLOORS = {
+    "errors": -1,
+    "config": 0,
+    "objectives": 0,
+    "tokenization": 1,
+    "data": 1,
+    "models": 1,
+    "checkpoints": 1,
+    "optimizers": 1,
+    "evaluation": 1,
+    "trainer": 2,
+    "tasks": 3,
+    "report": 3,
+    "display": 3,
+    "recipe": 4,
+    "cli": 5,
+    "__main__": 6,
+    "__init__": 6,
+}
+WITHIN = [
+    ["objectives.base", "objectives.cross_entropy"],
+    ["data.corpus", "data.tokens", "data.stream"],
+    ["tasks.base", "tasks.sentiment"],
+]
+"""Inside one floor: a later one may import the earlier."""
+BESIDE = {("data", "tokenization"), ("evaluation", "data"), ("objectives", "config"), ("objectives", "errors")}
+"""Imports between siblings that the design allows: tokens need a tokenizer, evaluation needs rows."""
+TOP = {"pyproject.toml", "README.md", "lmssl", "recipes", "tests", "tokenizer_assets", "docs", "LICENSE", "Makefile", "constraints.txt"}
+
+
+def modules():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lmssl"):
+            found |= {f"{node.module}.{a.name}" if node.module in ("lmssl", "lmssl.data", "lmssl.tasks", "lmssl.objectives") else node.module for a in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names if a.name.startswith("lmssl.")}
+    return {name.removeprefix("lmssl.") for name in found if name != "lmssl" and not name.startswith("lmssl.__version")}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_floors(path):
+    own = path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+    floor, package = FLOORS[own.split(".")[0]], own.split(".")[0]
+    for name in imports_of(path):
+        other = name.split(".")[0]
+        if other == package or (package, other) in BESIDE:
+            continue
+        assert FLOORS[other] < floor, f"{own} (floor {floor}) imports {name} (floor {FLOORS[other]})"
+
+
+def test_within_packages():
+    for chain in WITHIN:
+        for number, name in enumerate(chain):
+            imported = imports_of(PACKAGE / (name.replace(".", "/") + ".py"))
+            late = [later for later in chain[number + 1 :] if any(i.startswith(later) for i in imported)]
+            assert not late or name == "objectives.base", f"{name} imports {late}"
+
+
+def test_no_file_over_500_lines():
+    for path in [*modules(), *(ROOT / "tests").rglob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 500, path
+
+
+def test_top_level():
+    tracked = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
+    assert tracked - TOP <= {"runs", "build", "lmssl.egg-info"}
+
+
+def test_readme_tree_is_true():
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"```\nlmssl/\n(.*?)```", text, re.S)[1]
+    shown = set()
+    folder = ""
+    for line in block.splitlines():
+        if re.match(r"^\S", line):
+            break
+        name = line.split()[0]
+        indent = len(line) - len(line.lstrip())
+        folder = "" if indent == 2 else folder
+        if name.endswith("/"):
+            folder = name
+            continue
+        shown.add((folder if indent > 2 else "") + name)
+    assert shown == {str(p.relative_to(PACKAGE)) for p in modules() if p.name != "__init__.py" or p.parent == PACKAGE}
+
+
+def test_names_of_the_package_resolve():
+    import lmssl
+
+    for name in lmssl.__all__:
+        assert getattr(lmssl, name) is not None
+
+
+def test_recipes_readme_names_every_recipe():
+    text = (ROOT / "recipes" / "README.md").read_text()
+    for path in (ROOT / "recipes").glob("*/*.yaml"):
+        assert str(path.relative_to(ROOT / "recipes")) in text
+
+
+def test_nothing_names_this_machine():
+    for path in ROOT.rglob("*"):
+        if path.suffix in (".py", ".md", ".yaml", ".toml") and not any(part.startswith(".venv") or part in ("runs", ".git") for part in path.parts):
+            assert "/work/" + "main" not in path.read_text(), path

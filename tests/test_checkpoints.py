@@ -1,0 +1,74 @@
+"""Whole or not there: every kind of damage is found and named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lmssl import checkpoints
+from lmssl.checkpoints import Damaged, newest, publish, rotate, seal, verify
+from lmssl.errors import UserError
+
+
+def make(root, step, value=1.0):
+    stage = root / f".staging-{step}" / f"checkpoint-{step}"
+    stage.mkdir(parents=True)
+    save_file({"w": torch.full((50,), value)}, stage / "model.safetensors")
+    (stage / "trainer_state.json").write_text("{}")
+    seal(stage, {"step": step})
+    publish(stage, root / f"checkpoint-{step}")
+    return root / f"checkpoint-{step}"
+
+
+DAMAGE = {
+    "missing": lambda p: p.unlink(),
+    "empty": lambda p: p.write_bytes(b""),
+    "half": lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
+    "zeros": lambda p: p.write_bytes(bytes(p.stat().st_size)),
+    "one bit": lambda p: p.write_bytes(p.read_bytes()[:-1] + bytes([p.read_bytes()[-1] ^ 1])),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", checkpoints.MANIFEST])
+def test_damage_is_found_and_the_older_one_taken(tmp_path, name, kind):
+    make(tmp_path, 1)
+    DAMAGE[kind](make(tmp_path, 2) / name)
+    if name == checkpoints.MANIFEST and kind == "one bit":
+        return  # a flipped final newline leaves the same manifest
+    with pytest.raises(Damaged, match=name):
+        verify(tmp_path / "checkpoint-2")
+    path, manifest, rejected = newest(tmp_path)
+    assert (path.name, manifest["step"], len(rejected)) == ("checkpoint-1", 1, 1)
+    assert name in rejected[0]
+
+
+def test_non_finite_weights(tmp_path):
+    make(tmp_path, 1, float("nan"))
+    with pytest.raises(Damaged, match="weight w is not finite"):
+        verify(tmp_path / "checkpoint-1")
+    with pytest.raises(UserError, match="no checkpoint is whole"):
+        newest(tmp_path)
+
+
+def test_none_at_all(tmp_path):
+    assert newest(tmp_path)[0] is None
+    assert newest(tmp_path / "nowhere")[0] is None
+
+
+def test_publish_replaces(tmp_path):
+    make(tmp_path, 3, 1.0)
+    make(tmp_path, 3, 2.0)
+    assert json.loads((tmp_path / "checkpoint-3" / checkpoints.MANIFEST).read_text())["step"] == 3
+    verify(tmp_path / "checkpoint-3")
+    assert not list(tmp_path.glob(".old-*"))
+
+
+def test_rotation_keeps_the_newest_whole_ones(tmp_path):
+    for step in (1, 2, 3, 4):
+        make(tmp_path, step)
+    (tmp_path / "checkpoint-4" / "model.safetensors").unlink()
+    rotate(tmp_path, set())
+    assert {p.name for p in checkpoints.all_of(tmp_path)} == {"checkpoint-4", "checkpoint-3", "checkpoint-2"}
+    assert newest(tmp_path)[0].name == "checkpoint-3"

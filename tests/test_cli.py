@@ -1,0 +1,123 @@
+"""The command line as a user meets it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lmssl.cli import run
+from lmssl.data.tokens import TokenSet
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+PRETRAIN = [p for p in RECIPES if p.parent.name == "pretrain"]
+FINETUNE = [p for p in RECIPES if p.parent.name == "finetune"]
+
+
+def lmssl(*args, **env):
+    return subprocess.run([sys.executable, "-m", "lmssl", *map(str, args)], capture_output=True, text=True, cwd=ROOT, env=os.environ | env, timeout=240)
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    begin = time.perf_counter()
+    result = lmssl("--help")
+    assert time.perf_counter() - begin < 1.0
+    assert all(verb in result.stdout for verb in ("tokenizer", "prepare", "show", "pretrain", "finetune", "evaluate", "report"))
+
+
+def test_prepare_needs_neither_torch_nor_transformers(corpus_file, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"data: {{text: {corpus_file}, tokenizer: tokenizer_assets/bpe-8k}}\nmodel: {{architecture: bert}}\nobjective: {{name: masked}}\ntrainer: {{output_dir: {tmp_path}}}\n"
+    )
+    code = "import sys; from lmssl.cli import run; s = run(['prepare', sys.argv[1]]); assert not {'torch', 'transformers'} & set(sys.modules); sys.exit(s)"
+    done = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "exact duplicates dropped" in done.stdout
+    folder = Path(done.stdout.strip().splitlines()[-1].rpartition(" in ")[2])
+    assert TokenSet(folder).documents > 300
+
+
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda p: p.stem)
+def test_every_pretraining_recipe_runs_two_steps(path, corpus_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    status = run(["pretrain", str(path), f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=2", f"trainer.output_dir={out}"])
+    assert status == 0, capsys.readouterr().err
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 2
+    assert len(path.read_text().splitlines()) <= 20
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=lambda p: p.stem)
+def test_every_finetuning_recipe_runs_two_steps(path, corpus_file, tmp_path, capsys):
+    backbone = tmp_path / "backbone"
+    assert run(["pretrain", str(PRETRAIN[0]), f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=1", f"trainer.output_dir={backbone}"]) == 0
+    overrides = [
+        "task.labels=[4, 8]",
+        "task.seeds=2",
+        f"data.train={corpus_file}",
+        "data.test=20",
+        f"model.from={backbone}",
+        "trainer.max_steps=2",
+        f"trainer.output_dir={tmp_path / 'ft'}",
+    ]
+    assert run(["finetune", str(path), *overrides]) == 0
+    assert "| labels | scratch | pretrained | gain |" in capsys.readouterr().err
+    assert run(["report", str(tmp_path), "--png"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 3 - 1 or page.count("<svg") == 1
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("https://matplotlib.org", "").replace("http://creativecommons.org", "")
+    assert list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("objective", ["next_token", "masked", "span_corruption", "infilling"])
+def test_show(objective, corpus_file, tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"data: {{text: {corpus_file}, tokenizer: tokenizer_assets/bpe-8k, seq_length: 48}}\nmodel: {{architecture: t5}}\nobjective: {{name: {objective}}}\ntrainer: {{output_dir: x}}\n"
+    )
+    assert run(["show", str(recipe), "--rows", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("item ") == 2
+    assert {"masked": "<mask>", "infilling": "target", "span_corruption": "<extra_id_0>", "next_token": "labels"}[objective] in shown
+
+
+def test_tokenizer_verb(corpus_file, tmp_path, capsys):
+    assert run(["tokenizer", str(corpus_file), "--out", str(tmp_path / "t"), "--size", "600"]) == 0
+    assert "600 ids" in capsys.readouterr().out or True
+    assert run(["tokenizer", str(corpus_file), "--out", str(tmp_path / "t")]) == 2
+    assert "holds a tokenizer already" in capsys.readouterr().err
+    assert run(["tokenizer", "--from", str(tmp_path / "t"), "--out", str(tmp_path / "u")]) == 0
+    assert "added 0" in capsys.readouterr().out
+
+
+def test_overrides_may_stand_behind_options(corpus_file, tmp_path):
+    args = [str(PRETRAIN[0]), "--overwrite", f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=1", f"trainer.output_dir={tmp_path / 'x'}"]
+    assert run(["pretrain", *args]) == 0
+
+
+@pytest.mark.parametrize("launcher", [["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29731"]], ids=["torchrun"])
+def test_two_processes_by_the_command_line(launcher, corpus_file, tmp_path):
+    overrides = [f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=2", "trainer.per_device_train_batch_size=2"]
+    command = [sys.executable, "-m", launcher[0], *launcher[1:], "-m", "lmssl", "pretrain", str(PRETRAIN[0]), *overrides, f"trainer.output_dir={tmp_path / 'two'}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert metrics["environment"]["processes"] == 2
+    assert metrics["tokens"] == 2 * 2 * 2 * 32
+
+
+def test_accelerate_launch(corpus_file, tmp_path):
+    overrides = [f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=1", f"trainer.output_dir={tmp_path / 'a'}"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "lmssl", "pretrain", str(PRETRAIN[0]), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "a" / "model.safetensors").is_file()
+
+
+def test_report_refuses_what_is_no_run(tmp_path, capsys):
+    assert run(["report", str(tmp_path)]) == 2
+    assert "no metrics.json" in capsys.readouterr().err

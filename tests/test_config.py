@@ -1,0 +1,171 @@
+"""Recipes: typed, refused with a suggestion, and the same again after a round trip."""
+
+import dataclasses
+from typing import Literal
+
+import pytest
+import yaml
+
+from lmssl import config
+from lmssl.cli import run
+from lmssl.errors import UserError
+from lmssl.recipe import PretrainRecipe, pretrain_defaults, training_arguments
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E3", 1000.0),
+        ("3", 3),
+        ("1.5", 1.5),
+        (".5", 0.5),
+        ("-2", -2),
+        ("no", "no"),
+        ("on", "on"),
+        ("true", True),
+        ("2020-01-01", "2020-01-01"),
+        ("[20, 1e2]", [20, 100.0]),
+        ("a b", "a b"),
+    ],
+)
+def test_scalars(text, value):
+    assert config.parse_yaml(text, "x") == value
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    count: int
+    rate: float = 0.1
+    kind: Literal["a", "b"] = "a"
+    many: list[int] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        if self.count < 0:
+            raise ValueError(f"count={self.count} must not be negative")
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"cout": 1}, r"s.cout: unknown key; did you mean 'count'"),
+        ({}, r"s.count: missing"),
+        ({"count": "x"}, r"s.count: expected a whole number, got 'x'"),
+        ({"count": True}, r"s.count: expected a whole number, got True"),
+        ({"count": 1, "kind": "c"}, r"s.kind: expected one of a, b"),
+        ({"count": -1}, r"s: count=-1 must not be negative"),
+        ({"count": 1, "many": 3}, r"s.many: expected a list of a whole number"),
+        ({"count": 1.5}, r"s.count: expected a whole number"),
+    ],
+)
+def test_build_refuses(mapping, message):
+    with pytest.raises(UserError, match=message):
+        config.build(Sample, mapping, "s")
+
+
+def test_build():
+    assert config.build(Sample, {"count": 2, "rate": 1, "many": [1]}, "s") == Sample(2, 1.0, "a", [1])
+
+
+BASE = """
+data:      {text: %s, tokenizer: tokenizer_assets/bpe-8k, seq_length: 32}
+model:     {architecture: bert, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, num_attention_heads: 2}
+objective: {name: masked}
+trainer:   {output_dir: %s, max_steps: 2}
+"""
+
+BAD_RECIPES = [
+    (["objective.rat=0.3"], "objective.rat: unknown key; did you mean 'rate'"),
+    (["objective.rate=1.5"], "objective: rate=1.5 must be above 0.0 and at most 1.0"),
+    (["objective.rate=lots"], "objective.rate: expected a number, got 'lots'"),
+    (["objective.name=maskd"], "no objective 'maskd'; did you mean 'masked'"),
+    (["objective.name=next_token"], "'bert' is a encoder"),
+    (["objective.name=no_such_module:Thing"], "cannot be imported"),
+    (["model.hiden_size=48"], "model.hiden_size: unknown key; did you mean 'hidden_size'"),
+    (["model.architecture=brt"], "did you mean 'bert'"),
+    (["model.vocab_size=77"], "the tokenizer has 8192 ids"),
+    (["model.max_position_embeddings=8"], "need 32"),
+    (["model.hidden_size=33"], "cannot be built|refuses"),
+    (["data.seq_length=4"], "seq_length=4 must be at least 8"),
+    (["data.held_out=1.5"], "held_out=1.5 must be a fraction"),
+    (["data.text=missing.jsonl"], "no such file or folder: missing.jsonl"),
+    (["data.tokenizer=tokenizer_assets/bpe-9k"], "bpe-9k"),
+    (["data.txt=x"], "data.txt: unknown key; did you mean 'text'"),
+    (["trainer.learning_rat=1e-3"], "did you mean 'learning_rate'"),
+    (["trainer.learning_rate=-1"], "trainer.learning_rate: -1.0 must be above 0"),
+    (["trainer.max_steps=0"], "trainer.max_steps: 0 must be above 0"),
+    (["trainer.max_steps=many"], "trainer.max_steps: expected a whole number"),
+    (["trainer.per_device_train_batch_size=0"], "must be above 0"),
+    (["trainer.save_strategy=stpes"], "trainer"),
+    (["trainer.lr_scheduler_type=cosin"], "trainer"),
+    (["trainer.save_total_limit=3"], "trainer.save_total_limit: not to be set: lmssl keeps"),
+    (["trainer.label_smoothing_factor=0.1"], "not to be set"),
+    (["trainer.optimizer=sgd"], "one of adamw, muon"),
+    (["trainer.num_train_epochs=3"], "keep one of them"),
+    (["trainer.adam_beta1=1.5"], "below 1"),
+    (["trainer.warmup_steps=.nan"], "not a finite number"),
+    (["modell.x=1"], "unknown section 'modell'; did you mean 'model'"),
+    (["nonsense"], "unrecognized|override reads"),
+    (["trainer.output_dir=pyproject.toml"], "is a file"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_RECIPES, ids=[o[0] for o, _ in BAD_RECIPES])
+def test_bad_recipe_is_one_line_and_exit_2(overrides, message, tmp_path, corpus_file, capsys):
+    import re
+
+    (tmp_path / "r.yaml").write_text(BASE % (corpus_file, tmp_path / "run"))
+    status = run(["pretrain", str(tmp_path / "r.yaml"), *overrides])
+    error = capsys.readouterr().err.strip().splitlines()
+    assert status == 2
+    assert error[-1].startswith("lmssl: error: ")
+    assert re.search(message, error[-1]), error[-1]
+    assert not any("Traceback" in line for line in error)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: [1", r"r.yaml:\d+: not valid YAML"),
+        ("data: {a: 1, a: 2}", "the key 'a' stands twice"),
+        ("data: 3", "data: expected a mapping"),
+        ("[1, 2]", "a recipe is a mapping"),
+        ("data: !!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("data: {text: x, tokenizer: y}", "the section 'model' is missing"),
+        ("\xff", "UTF-8|mapping"),
+    ],
+)
+def test_bad_files(text, message, tmp_path, capsys):
+    import re
+
+    (tmp_path / "r.yaml").write_bytes(text.encode("latin-1"))
+    assert run(["pretrain", str(tmp_path / "r.yaml")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_missing_recipe(capsys):
+    assert run(["pretrain", "no/such.yaml"]) == 2
+    assert "no such recipe" in capsys.readouterr().err
+
+
+def test_dump_round_trip():
+    recipe = {"data": {"text": ["a", "b"], "held_out": 1e-05, "no": "no"}, "trainer": {"bf16": True, "x": None, "t": "1e-4"}}
+    assert config.parse_yaml(config.dump(recipe), "x") == recipe
+
+
+def test_resolved_recipe_gives_the_same_arguments(tmp_path):
+    args, optimizer, section = training_arguments({"output_dir": str(tmp_path), "learning_rate": 1e-3}, pretrain_defaults())
+    section = yaml.safe_load(yaml.safe_dump(section))
+    again, optimizer_again, _ = training_arguments(section, pretrain_defaults())
+    assert (args.to_dict(), optimizer) == (again.to_dict(), optimizer_again)
+
+
+def test_epochs_become_steps(tmp_path):
+    args, _, _ = training_arguments({"output_dir": str(tmp_path), "num_train_epochs": 2, "per_device_train_batch_size": 4}, pretrain_defaults(), epoch_items=10)
+    assert args.max_steps == 5
+
+
+def test_missing_sections_and_paths(tmp_path):
+    with pytest.raises(UserError, match="data.tokenizer: missing"):
+        PretrainRecipe.of({"data": {"text": "x"}, "model": {"architecture": "bert"}, "objective": {"name": "masked"}, "trainer": {}})

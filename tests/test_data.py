@@ -1,0 +1,205 @@
+"""Readers, token sets and the stream."""
+
+import csv
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import lmssl
+from lmssl.data import corpus, tokens
+from lmssl.data.stream import Stream, generator, permuted
+from lmssl.errors import UserError
+from lmssl.objectives import MaskedTokens, NextToken
+from tests.helpers import sentences, token_set, tokenizer
+
+TEXTS = ["first review, with a comma", 'second "quoted"', "third\twith ünïcödé \u2028 inside"]
+
+
+def write(folder, kind, packed):
+    path = folder / f"x.{kind}{'.gz' if packed else ''}"
+    plain = folder / f"plain.{kind}"
+    texts = [t.replace("\t", " ") for t in TEXTS] if kind == "tsv" else TEXTS
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts, "n": [1, 2, 3]}), plain)
+    elif kind == "jsonl":
+        plain.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts))
+    elif kind == "txt":
+        plain.write_text("\n".join(texts) + "\n")
+    elif kind == "tsv":
+        plain.write_text("text\tlabel\n" + "".join(f"{t}\t1\n" for t in texts))
+    else:
+        with plain.open("w", newline="") as stream:
+            csv.writer(stream).writerows([["text", "label"], *([t, 1] for t in texts)])
+    path.write_bytes(gzip.compress(plain.read_bytes()) if packed else plain.read_bytes())
+    return path, texts
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", corpus.KINDS)
+def test_every_kind_reads(tmp_path, kind, packed):
+    path, texts = write(tmp_path, kind, packed)
+    assert [t for t, _ in corpus.documents(corpus.resolve(str(path)))] == texts
+
+
+def test_sources(tmp_path):
+    for name in ("b.jsonl", "sub/a.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name, "other": "o"}) + "\n")
+    (tmp_path / "poem.txt").write_text("one\ntwo\n\nthree\n")
+    read = lambda source: [t for t, _ in corpus.documents(corpus.resolve(source))]  # noqa: E731
+    assert read(str(tmp_path / "**/*.jsonl")) == ["b.jsonl", "sub/a.jsonl"]
+    assert read(f"{tmp_path / 'b.jsonl'}::other") == ["o"]
+    assert read(f"{tmp_path / 'poem.txt'}::paragraph") == ["one\ntwo", "three"]
+    assert read(f"{tmp_path / 'poem.txt'}::file") == ["one\ntwo\n\nthree"]
+    assert read(str(tmp_path / "poem.txt")) == ["one", "two", "three"]
+    assert read(str(tmp_path)) == ["b.jsonl", "one", "two", "three", "sub/a.jsonl"]
+
+
+def test_saved_dataset(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
+    assert [t for t, _ in corpus.documents(corpus.resolve(str(tmp_path / "saved")))] == TEXTS
+
+
+BAD = {
+    "utf8.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', r"utf8.jsonl:2: not UTF-8"),
+    "nul.txt": (b"ab\0c\n", r"nul.txt:1: holds a NUL"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"broken.jsonl:2: not valid JSON"),
+    "list.jsonl": (b'["a"]\n', r"list.jsonl:1: expected a JSON object"),
+    "string.jsonl": (b'"a"\n', r"string.jsonl:1: expected a JSON object"),
+    "column.jsonl": (b'{"texts": "a"}\n', r"column.jsonl:1: no column 'text'; did you mean 'texts'"),
+    "null.jsonl": (b'{"text": null}\n', r"null.jsonl:1: column 'text' holds nothing"),
+    "inner.jsonl": (b'{"text": ["a"]}\n', r"inner.jsonl:1: column 'text' holds a list"),
+    "number.jsonl": (b'{"text": 3}\n', r"number.jsonl:1: column 'text' holds a number"),
+    "deep.jsonl": (b'{"text": ' + b"[" * 100_000 + b"\n", r"deep.jsonl:1: n(ested too deeply|ot valid JSON)"),
+    "surrogate.jsonl": (b'{"text": "\\ud800"}\n', r"surrogate.jsonl:1: holds half of a surrogate"),
+    "disguise.txt": (gzip.compress(b"a\n"), r"disguise.txt: is gzip data; name it"),
+    "plain.txt.gz": (b"hello\n", r"plain.txt.gz: is not gzip data"),
+    "cut.txt.gz": (gzip.compress(b"hello world\n" * 500)[:40], r"cut.txt.gz:\d+: the gzip data is damaged"),
+    "utf16.txt": ("hello".encode("utf-16"), r"utf16.txt:1: (is UTF-16|holds a NUL)"),
+    "fields.csv": (b"text,label\na,1\nb\n", r"fields.csv:3: 1 fields, where the header has 2"),
+    "twice.csv": (b"text,text\na,b\n", r"twice.csv:1: the header names a column twice"),
+    "quote.csv": (b'text\n"a\n', r"quote.csv:2: not valid CSV"),
+    "fake.parquet": (b"not parquet at all", r"fake.parquet: not a readable parquet file"),
+    "cr.txt": (b"a\rb\rc\n", r"cr.txt:1: a carriage return inside"),
+    "zip.jsonl": (b"PK\x03\x04rest", r"zip.jsonl: is a zip archive"),
+    "long.txt": (b"a" * (corpus.MAX_LINE + 5), r"long.txt:1: longer than 16 MiB"),
+    "empty.jsonl": (b"", r"no document to train on"),
+    "blank.txt": (b"\n  \n\n", r"no document to train on"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_with_file_and_line(tmp_path, name):
+    content, message = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        tokens.write(corpus.documents(corpus.resolve(str(tmp_path / name))), tokenizer(), tmp_path / "out", 0.0)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists(), "nothing half-made is left"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("nowhere.jsonl", "no such file"), ("x/*.jsonl", "nothing matches"), ("file.xyz", "no such file|no reader"), ("package://no_such_pkg/x.csv", "not installed")],
+)
+def test_sources_that_are_none(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        corpus.resolve(source)
+
+
+def test_token_set_holds_every_document_once(tmp_path):
+    texts = sentences(200)
+    made = lmssl.from_iterable([*texts, *texts[:30]], tokenizer(), tmp_path / "t", 0.1)
+    unique = len(set(texts))
+    counts = made.manifest
+    assert counts["train"]["documents"] + counts["held_out"]["documents"] == unique
+    assert counts["duplicates"] == 230 - unique
+    assert counts["train"]["bytes"] + counts["held_out"]["bytes"] == sum(len(t.encode()) for t in set(texts))
+    decoded = set()
+    for split in ("train", "held_out"):
+        part = lmssl.TokenSet(tmp_path / "t", split)
+        ids = np.concatenate([part.row(k, 50, 0).ids for k in range(part.rows(50))])[: part.tokens]
+        for piece in np.split(ids, np.flatnonzero(ids == tokenizer().id("eos")) + 1)[:-1]:
+            decoded.add(tokenizer().decode(piece[1:-1]))
+    assert decoded == set(texts)
+
+
+def test_held_out_is_by_content_and_never_empty(tmp_path):
+    texts = sentences(100)
+    first = lmssl.from_iterable(texts, tokenizer(), tmp_path / "a", 0.2)
+    second = lmssl.from_iterable(reversed(texts), tokenizer(), tmp_path / "b", 0.2)
+    assert first.manifest["held_out"] == second.manifest["held_out"]
+    tiny = lmssl.from_iterable(texts[:5], tokenizer(), tmp_path / "c", 1e-9)
+    assert tiny.manifest["held_out"]["documents"] == 1
+    assert tiny.manifest["train"]["documents"] == 4
+
+
+def test_prepare_finds_it_again(corpus_file):
+    first = lmssl.prepare(str(corpus_file), tokenizer(), 0.1, quiet=True)
+    stamp = (first.folder / "manifest.json").stat().st_mtime_ns
+    again = lmssl.prepare(str(corpus_file), tokenizer(), 0.1, quiet=True)
+    assert (again.folder, (again.folder / "manifest.json").stat().st_mtime_ns) == (first.folder, stamp)
+    assert lmssl.prepare(str(corpus_file), tokenizer(), 0.2, quiet=True).folder != first.folder
+
+
+def test_held_out_file(tmp_path, corpus_file):
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(corpus_file.read_text().splitlines(keepends=True)[:20]))
+    made = lmssl.prepare(str(corpus_file), tokenizer(), str(held), quiet=True)
+    assert made.manifest["held_out"]["documents"] == 20
+    assert made.manifest["duplicates"] >= 20
+
+
+def test_segments_follow_the_documents(shared_dir):
+    made = token_set(shared_dir)
+    eos, bos = tokenizer().id("eos"), tokenizer().id("bos")
+    for k in range(made.rows(40)):
+        row = made.row(k, 40, 0)
+        used = row.segments > 0
+        assert (row.segments[used][0], row.segments.dtype) == (1, np.int32)
+        steps = np.diff(row.segments[used])
+        assert set(steps.tolist()) <= {0, 1}
+        starts = np.flatnonzero(steps) + 1
+        assert (row.ids[starts] == bos).all()
+        assert (row.ids[starts - 1] == eos).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 64, 65, 1000])
+def test_permuted_is_a_permutation(n):
+    orders = [tuple(permuted(k, n, seed, epoch) for k in range(n)) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    assert n < 10 or len(set(orders)) == 4
+
+
+def test_permuted_is_even():
+    """Every row stands at every place about equally often."""
+    n = 8
+    counts = np.zeros((n, n))
+    for seed in range(4000):
+        for k in range(n):
+            counts[k, permuted(k, n, seed, 0)] += 1
+    assert abs(counts / 4000 - 1 / n).max() < 0.03
+
+
+def test_every_row_once_an_epoch(shared_dir):
+    stream = Stream(token_set(shared_dir), NextToken(), 32, seed=3, length=10**6)
+    for epoch in (0, 1, 5):
+        rows = [stream.index(i)[1] for i in range(epoch * stream.rows, (epoch + 1) * stream.rows)]
+        assert sorted(rows) == list(range(stream.rows))
+
+
+def test_items_are_pure_functions_of_seed_and_number(shared_dir):
+    made = token_set(shared_dir)
+    a, b = (Stream(made, MaskedTokens(), 32, seed=1, length=n) for n in (100, 10**7))
+    for i in (99, 0, 50):
+        assert all(np.array_equal(a[i][k], b[i][k]) for k in a[i])
+    other = Stream(made, MaskedTokens(), 32, seed=2, length=100)
+    assert any(not np.array_equal(a[i]["input_ids"], other[i]["input_ids"]) for i in range(5))
+    assert len({generator(0, i).random() for i in range(1000)}) == 1000

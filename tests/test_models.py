@@ -1,0 +1,154 @@
+"""Isolation of packed documents, sizes from the tokenizer, and checkpoints that stock transformers loads and trains."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig
+
+import lmssl
+from lmssl import models
+from lmssl.errors import UserError
+from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
+from lmssl.objectives.toy import vocab
+from tests.helpers import OBJECTIVE, SMALL, arguments, sentences, small_model, token_set, tokenizer
+
+VOCAB = vocab(64)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", SMALL)
+def test_no_document_sees_another(architecture, implementation):
+    """Changing one document's tokens moves no other's logits: encoder side, decoder side, both."""
+    model = models.prepare(small_model(architecture, VOCAB, 32, attn_implementation=implementation)).eval()
+    segments = torch.tensor([[1] * 7 + [2] * 8 + [3] * 3 + [0] * 2, [1] * 10 + [2] * 10])
+    torch.manual_seed(0)
+    x, y = torch.randint(5, 50, (2, 20)), torch.randint(5, 50, (2, 20))
+    other_x, other_y = x.clone(), y.clone()
+    other_x[0, 7:15], other_y[0, 7:15] = torch.randint(5, 50, (8,)), torch.randint(5, 50, (8,))
+
+    def logits(x, y):
+        more = {"decoder_input_ids": y, "decoder_segments": segments} if model.config.is_encoder_decoder else {}
+        with torch.no_grad():
+            return model(input_ids=x, segments=segments, **more).logits
+
+    base, changed_document = logits(x, y), segments == 2
+    changed_document[1] = False
+    sides = [(other_x, y)] if not model.config.is_encoder_decoder else [(other_x, y), (x, other_y), (other_x, other_y)]
+    for changed in sides:
+        moved = (logits(*changed) - base).abs().amax(-1)
+        assert moved[~changed_document].max() <= 1e-6
+        assert moved[changed_document].max() > 1e-4, "the test sees what it changes"
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert", "roberta", "modernbert", "t5"])
+def test_packed_equals_alone(architecture):
+    """A document's logits in the middle of a row are those it has alone (BART's positions are absolute)."""
+    model = models.prepare(small_model(architecture, VOCAB, 32)).eval()
+    torch.manual_seed(0)
+    x = torch.randint(5, 50, (1, 20))
+    segments = torch.tensor([[1] * 7 + [2] * 8 + [3] * 5])
+    more = {"decoder_input_ids": x, "decoder_segments": segments} if architecture == "t5" else {}
+    alone = {"decoder_input_ids": x[:, 7:15]} if architecture == "t5" else {}
+    with torch.no_grad():
+        packed = model(input_ids=x, segments=segments, **more).logits[:, 7:15]
+        single = model(input_ids=x[:, 7:15], **alone).logits
+    torch.testing.assert_close(packed, single, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", SMALL)
+def test_projection_at_labels_equals_full_logits(architecture):
+    model = models.prepare(small_model(architecture, VOCAB, 32)).eval()
+    x, segments = torch.randint(5, 50, (2, 20)), torch.ones(2, 20, dtype=torch.int64)
+    more = {"decoder_input_ids": x, "decoder_segments": segments} if model.config.is_encoder_decoder else {}
+    at = torch.tensor([0, 3, 25, 39])
+    with torch.no_grad():
+        full = model(input_ids=x, segments=segments, **more).logits.reshape(40, -1)
+        some = model(input_ids=x, segments=segments, label_positions=at, **more).logits
+    torch.testing.assert_close(some, full[at], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", SMALL)
+def test_checkpoint_is_ordinary(architecture, shared_dir, tmp_path):
+    """Pretrained on text, saved, loaded by plain `from_pretrained` without a stray key, trained on by the stock Trainer."""
+    tokens = token_set(shared_dir)
+    model = small_model(architecture, tokens.vocab())
+    trainer = lmssl.PretrainTrainer(model, OBJECTIVE[architecture], tokens, arguments(tmp_path / "run", max_steps=2), 32, quiet=True)
+    trainer.run()
+    model.save_pretrained(tmp_path)
+    tokens.tokenizer.save(tmp_path)
+    auto = models.AUTO[models.family_of(model.config)]
+    loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert type(loaded) is type(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+    text = sentences(1, seed=9)[0]
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == tokenizer().encode([text])[0].tolist()
+    ids = torch.randint(110, 200, (4, 16))
+    args = transformers.TrainingArguments(str(tmp_path / "stock"), max_steps=2, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True)
+    before = loaded.get_input_embeddings().weight.detach().clone()
+    transformers.Trainer(loaded, args, train_dataset=[{"input_ids": row, "labels": row} for row in ids]).train()
+    assert not torch.equal(before, loaded.get_input_embeddings().weight)
+
+
+def test_loads_without_lmssl(tmp_path):
+    """In a process that never imports lmssl."""
+    small_model("bert", VOCAB).save_pretrained(tmp_path)
+    code = (
+        "import sys; from transformers import AutoModelForMaskedLM as A; m, i = A.from_pretrained(sys.argv[1], output_loading_info=True);"
+        "assert not any(i.values()) or not any(i[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')); assert 'lmssl' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=tmp_path, timeout=120)
+
+
+@pytest.mark.parametrize("architecture", SMALL)
+def test_everything_comes_from_the_tokenizer(architecture):
+    config = small_model(architecture, VOCAB, 40).config
+    assert config.vocab_size == 64
+    assert (config.pad_token_id, config.eos_token_id) == (0, 1)
+    if config.is_encoder_decoder:
+        assert config.decoder_start_token_id == VOCAB.start
+    needed = max(n for ns in OBJECTIVE[architecture].lengths(40).values() for n in ns)
+    assert models.max_length(config) in (None, needed)
+
+
+def test_families():
+    expected = {"gpt2": "decoder", "llama": "decoder", "bert": "encoder", "roberta": "encoder", "modernbert": "encoder", "t5": "encoder-decoder", "bart": "encoder-decoder"}
+    for name, family in expected.items():
+        assert models.family_of(AutoConfig.for_model(name)) == family
+    with pytest.raises(UserError, match="'bert' is a encoder"):
+        models.check_family(AutoConfig.for_model("bert"), NextToken(), "next_token")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"architecture": "bertt"}, "did you mean 'bert'"),
+        ({"architecture": "bert", "hiden_size": 48}, "did you mean 'hidden_size'"),
+        ({"architecture": "bert", "hidden_size": "wide"}, "refuses this configuration"),
+        ({"architecture": "bert", "from": "x"}, "either an architecture"),
+        ({}, "either an architecture"),
+        ({"from": "/nowhere/at/all"}, "no checkpoint folder"),
+        ({"architecture": "bert", "max_position_embeddings": 16}, "need 32"),
+        ({"architecture": "bert", "vocab_size": 99}, "the tokenizer has 64 ids"),
+        ({"architecture": "bert", "hidden_size": 50}, "cannot be built|refuses"),
+        ({"architecture": "clip"}, "no architecture"),
+    ],
+)
+def test_refusals(section, message):
+    with pytest.raises(UserError, match=message):
+        models.build(section, VOCAB, MaskedTokens(), 32, 0)
+
+
+def test_continue_grows_the_embeddings(tmp_path):
+    """`from:` a checkpoint whose tokenizer lacks sentinels: new rows are the mean of the old."""
+    small_model("t5", VOCAB).save_pretrained(tmp_path)
+    bigger = vocab(80)
+    model = models.build({"from": str(tmp_path)}, bigger, SpanCorruption(), 32, 0)
+    table = model.get_input_embeddings().weight
+    assert table.shape[0] == 80
+    mean = table[:64].mean(0)
+    assert (table[64:] - mean).norm(dim=1).max() < 0.1 * mean.norm() + 0.1 * table[:64].std()

@@ -1,0 +1,250 @@
+"""Laws that hold for every objective, and what each paper promises, measured on 100k tokens."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmssl.data.stream import Collator, generator
+from lmssl.objectives import OBJECTIVES, Infilling, MaskedTokens, NextToken, SpanCorruption, fields_of, make
+from lmssl.objectives.base import Row
+from lmssl.objectives.toy import vocab
+
+VOCAB = vocab(1000, 100)
+ALL = [
+    NextToken(), MaskedTokens(), MaskedTokens(rate=0.4, unit="word"), MaskedTokens(rate=0.3, unit="span"), SpanCorruption(), SpanCorruption(rate=0.5, mean_span=8.0),
+    Infilling(), Infilling(rate=0.0, permute=0.0, delete_rate=0.2), Infilling(rate=0.1, mask_rate=0.2, delete_rate=0.1, rotate=0.5),
+]  # fmt: skip
+LENGTH = 128
+
+
+def row_of(documents: list[int], length: int, seed: int) -> Row:
+    """A row of documents with these numbers of tokens, each closed by eos, cut at `length`, padded behind."""
+    rng = np.random.default_rng(seed)
+    ids, segments = np.zeros(length, np.int32), np.zeros(length, np.int32)
+    at = 0
+    for number, size in enumerate(documents):
+        text = np.append(rng.choice(VOCAB.ordinary, size), VOCAB.eos)[: length - at]
+        ids[at : at + len(text)], segments[at : at + len(text)] = text, number + 1
+        at += len(text)
+    return Row(ids, segments)
+
+
+rows = st.builds(row_of, st.lists(st.integers(1, 90), max_size=40), st.just(LENGTH), st.integers(0, 10**6))
+
+
+@pytest.mark.parametrize("objective", ALL, ids=str)
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_laws(objective, data):
+    length = objective.row_length(LENGTH)
+    documents = data.draw(st.lists(st.integers(1, 90), max_size=60))
+    row = row_of(documents, length, data.draw(st.integers(0, 10**6)))
+    before = row.ids.copy()
+    item = data.draw(st.integers(0, 10**9))
+    out = objective(row, VOCAB, generator(1, item))
+    again = objective(row, VOCAB, generator(1, item))
+    assert np.array_equal(row.ids, before), "the row itself is never written to"
+    assert all(np.array_equal(out[k], again[k]) for k in out), "a pure function of (row, seed, i)"
+    limits = objective.lengths(LENGTH)
+    assert len(out["input_ids"]) <= limits["input_ids"][-1]
+    assert len(out["labels"]) <= limits["labels"][-1]
+    assert (out["labels"] != -100).sum() <= objective.most_labels(LENGTH)
+    assert set(np.unique(out["segments"])) <= set(np.unique(row.segments))
+    asked = out["labels"][out["labels"] != -100]
+    assert ((asked >= 0) & (asked < VOCAB.size)).all()
+    assert VOCAB.pad not in asked
+    if "decoder_input_ids" in out:
+        assert len(out["decoder_input_ids"]) == len(out["labels"]) == len(out["decoder_segments"])
+        starts = np.flatnonzero(np.diff(out["decoder_segments"], prepend=0))
+        assert (out["decoder_input_ids"][starts] == VOCAB.start).all(), "each document's decoder starts anew"
+        inner = np.setdiff1d(np.arange(len(out["labels"])), starts)
+        assert np.array_equal(out["decoder_input_ids"][inner], out["labels"][inner - 1]), "the decoder reads its labels, shifted"
+    else:
+        assert not VOCAB.special[asked].any() or isinstance(objective, NextToken), "specials are never asked for by noise"
+        assert (out["labels"][row.segments == 0] == -100).all()
+
+
+@pytest.mark.parametrize("objective", ALL, ids=str)
+def test_collator_keeps_every_label(objective):
+    family = next(iter(objective.families))
+    collator = Collator(objective, LENGTH, family, VOCAB.pad)
+    items = [objective(row_of([3] * 60, objective.row_length(LENGTH), s), VOCAB, generator(0, s)) for s in range(4)]
+    batch = collator(items)
+    flat = batch["input_ids"].shape[0] * (batch.get("decoder_input_ids", batch["input_ids"]).shape[1])
+    assert batch["label_positions"].max() < flat
+    assert (batch["labels"] != -100).sum() == sum((i["labels"] != -100).sum() for i in items)
+
+
+@given(row=rows, seed=st.integers(0, 1000))
+@settings(max_examples=100, deadline=None)
+def test_span_corruption_loses_nothing(row, seed):
+    """Putting the decoder's spans back in the place of the sentinels restores the text."""
+    out = SpanCorruption(rate=0.3, mean_span=2.0)(row, VOCAB, generator(seed, 0))
+    sentinels = set(VOCAB.sentinels.tolist())
+    restored = []
+    for number in np.unique(row.segments[row.segments > 0]):
+        spans, current = {}, None
+        for token in out["labels"][out["decoder_segments"] == number].tolist()[:-1]:
+            if token in sentinels:
+                current = spans.setdefault(token, [])
+            else:
+                current.append(token)
+        for token in out["input_ids"][out["segments"] == number].tolist():
+            restored += spans[token] if token in sentinels else [token]
+    assert restored == row.ids[row.segments > 0].tolist()
+
+
+@given(row=rows, seed=st.integers(0, 1000))
+@settings(max_examples=50, deadline=None)
+def test_infilling_target_is_the_original(row, seed):
+    out = Infilling()(row, VOCAB, generator(seed, 0))
+    assert np.array_equal(out["labels"], row.ids[row.segments > 0])
+
+
+def stream_of(objective, count=800):
+    """100k tokens: documents of 40 to 400 tokens, cut into rows."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        row = row_of(rng.integers(40, 400, 5).tolist(), objective.row_length(LENGTH), i)
+        yield row, objective(row, VOCAB, generator(7, i))
+
+
+@pytest.mark.parametrize("unit", ["token", "word", "span"])
+@pytest.mark.parametrize("rate", [0.15, 0.4])
+def test_masked_statistics(rate, unit):
+    """BERT: the share selected, and 80/10/10 of it."""
+    maskable = asked = masked = same = drawn = 0
+    for row, out in stream_of(MaskedTokens(rate=rate, unit=unit)):
+        at = out["labels"] != -100
+        maskable += int((~VOCAB.special[row.ids] & (row.segments > 0)).sum())
+        asked += int(at.sum())
+        masked += int((out["input_ids"][at] == VOCAB.mask).sum())
+        same += int((out["input_ids"][at] == row.ids[at]).sum())
+        drawn += int(VOCAB.special[out["input_ids"][at & (out["input_ids"] != VOCAB.mask)]].sum())
+        assert np.array_equal(out["input_ids"][~at], row.ids[~at])
+    assert maskable > 100_000 * 0.9
+    assert asked / maskable == pytest.approx(rate, abs=0.003)
+    assert masked / asked == pytest.approx(0.8, abs=0.012)
+    assert same / asked == pytest.approx(0.1, abs=0.01)
+    assert drawn == 0
+
+
+def test_whole_words_are_whole():
+    words = vocab(1000, 100, every_word=False)
+    for i in range(50):
+        row = row_of([100], LENGTH, i)
+        out = MaskedTokens(rate=0.3, unit="word")(row, words, generator(0, i))
+        asked = out["labels"] != -100
+        inside = ~words.word_start[row.ids] & ~words.special[row.ids] & (row.segments > 0)
+        inside[0] = False
+        at = np.flatnonzero(inside)
+        at = at[~words.special[row.ids[at - 1]]]
+        assert np.array_equal(asked[at], asked[at - 1]), "a piece shares the fate of the piece before it"
+
+
+def test_span_lengths_are_geometric():
+    """SpanBERT: mean 3.8 words before overlaps cut some short."""
+    lengths = []
+    for _, out in stream_of(MaskedTokens(rate=0.1, unit="span"), 2000):
+        asked = (out["labels"] != -100).astype(int)
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], asked, [0]])))
+        lengths += (edges[1::2] - edges[::2]).tolist()
+    assert 3.3 < np.mean(lengths) < 4.0  # a budget that runs out cuts some short, neighbours merge
+    assert max(lengths) > 8
+
+
+def test_span_corruption_statistics():
+    """T5: 15% noise, mean span 3, no two spans adjacent."""
+    noise = maskable = spans = 0
+    for row, out in stream_of(SpanCorruption()):
+        maskable += int((~VOCAB.special[row.ids] & (row.segments > 0)).sum())
+        sentinels = np.isin(out["labels"], VOCAB.sentinels)
+        spans += int(sentinels.sum())
+        noise += int((~sentinels & (out["labels"] != VOCAB.eos)).sum())
+        encoder = np.isin(out["input_ids"], VOCAB.sentinels)
+        assert not (encoder[1:] & encoder[:-1] & (out["segments"][1:] == out["segments"][:-1])).any()
+    assert noise / maskable == pytest.approx(0.15, abs=0.003)
+    assert noise / spans == pytest.approx(3.0, abs=0.15)
+
+
+def test_span_corruption_arithmetic_is_t5s():
+    for length, raw, target in [(512, 568, 114), (256, 284, 58), (128, 141, 29)]:
+        objective = SpanCorruption()
+        expected = objective.expected(objective.row_length(length))
+        assert expected[0] <= length < objective.expected(objective.row_length(length) + 1)[0]
+        if length == 512:
+            assert (objective.row_length(length), expected[1]) == (raw, target)
+
+
+def test_one_full_document_has_exactly_the_expected_lengths():
+    objective = SpanCorruption()
+    raw = objective.row_length(LENGTH)
+    row = row_of([raw + 5], raw, 0)  # cut before its eos
+    out = objective(row, VOCAB, generator(0, 0))
+    assert len(out["input_ids"]) + 1 == objective.expected(raw)[0]
+    assert len(out["labels"]) == objective.expected(raw)[1]
+
+
+def test_infilling_statistics():
+    """BART: 30% of the tokens covered, Poisson(3) lengths with zero-length insertions."""
+    objective = Infilling(permute=0.0)
+    text = masks = kept = 0
+    for row, out in stream_of(objective):
+        text += int((~VOCAB.special[row.ids] & (row.segments > 0)).sum())
+        masks += int((out["input_ids"] == VOCAB.mask).sum())
+        kept += int((~VOCAB.special[out["input_ids"]]).sum())
+    assert 1 - kept / text == pytest.approx(0.3, abs=0.004)
+    # A Poisson(3) span covers 3 tokens in the mean and leaves one mask, empty ones too; the last of a document is cut.
+    assert (text - kept) / masks == pytest.approx(3.0, abs=0.2)
+
+
+def test_zero_length_spans_insert_masks():
+    """Where masks stand side by side with all text kept between them, nothing was covered: an insertion."""
+    objective, inserted, spans = Infilling(rate=0.1, permute=0.0), 0, 0
+    for i in range(600):
+        row = Row(np.append(np.arange(5, 105), VOCAB.eos).astype(np.int32), np.ones(101, np.int32))  # tokens in ascending order show what is gone
+        out = objective(row, VOCAB, generator(0, i))["input_ids"].tolist()
+        expected = 5
+        run = 0
+        for token in [*out[:-1], 105]:
+            if token == VOCAB.mask:
+                run += 1
+                continue
+            spans += run
+            inserted += run if run and token == expected else 0
+            expected, run = token + 1, 0
+    assert inserted / spans == pytest.approx(np.exp(-3), abs=0.02)
+
+
+def test_sentence_permutation_moves_whole_sentences():
+    row = Row(np.array([6, 7, 10, 8, 15, 11, 12, 20, 1], np.int32), np.ones(9, np.int32))  # 10, 15, 20 end sentences
+    seen = {tuple(Infilling(rate=0.0)(row, VOCAB, generator(0, i))["input_ids"].tolist()) for i in range(200)}
+    pieces = [(6, 7, 10), (8, 15), (11, 12, 20)]
+    assert seen == {(*itertools.chain(*order), 1) for order in itertools.permutations(pieces)}
+
+
+def test_rotation_and_deletion():
+    row = Row(np.array([6, 7, 8, 9, 1], np.int32), np.ones(5, np.int32))
+    turned = {tuple(Infilling(rate=0, permute=0, rotate=1.0)(row, VOCAB, generator(0, i))["input_ids"].tolist()) for i in range(100)}
+    assert turned == {(7, 8, 9, 6, 1), (8, 9, 6, 7, 1), (9, 6, 7, 8, 1)}
+    sizes = [len(Infilling(rate=0, permute=0, delete_rate=0.25)(row, VOCAB, generator(0, i))["input_ids"]) - 1 for i in range(4000)]
+    assert np.mean(sizes) == pytest.approx(3.0, abs=0.05)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_recipe_section_round_trip(name):
+    objective = make({"name": name})
+    assert make(fields_of(objective)) == objective
+
+
+def test_plugin():
+    assert isinstance(make({"name": "lmssl.objectives.masked:MaskedTokens", "rate": 0.2}), MaskedTokens)
+
+
+@pytest.mark.parametrize("fields", [{"rate": 0.0}, {"rate": 1.5}, {"rate": float("nan")}, {"mask": 0.8, "random": 0.3}, {"span_max": 0}, {"span_p": 0.0}])
+def test_senseless_values_are_refused(fields):
+    with pytest.raises(ValueError):
+        MaskedTokens(**fields)

@@ -1,0 +1,255 @@
+"""Resume to the same bits, stop before a NaN, save on a signal, learn."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+import lmssl
+from lmssl import checkpoints
+from lmssl.errors import Interrupted, Stopped, UserError
+from lmssl.evaluation import held_out
+from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
+from lmssl.recipe import PretrainRecipe, pretrain
+from tests.helpers import OBJECTIVE, SMALL, arguments, small_model, token_set
+
+LENGTH = 32
+
+
+def trainer_of(architecture, tokens, folder, optimizer="adamw", objective=None, **keys):
+    model = small_model(architecture, tokens.vocab(), LENGTH, dropout=True)
+    return lmssl.PretrainTrainer(model, objective or OBJECTIVE[architecture], tokens, arguments(folder, **keys), LENGTH, optimizer, quiet=True)
+
+
+def weights(trainer):
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+class At(TrainerCallback):
+    """Does something at the end of a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action(control)
+
+
+@pytest.mark.parametrize(("architecture", "optimizer"), [("gpt2", "adamw"), ("bert", "muon"), ("t5", "muon"), ("bart", "adamw")])
+def test_resume_is_bit_identical(architecture, optimizer, shared_dir, tmp_path):
+    """Dropout on, two micro-batches a step, resumed in the middle of everything; a longer look-ahead changes nothing."""
+    tokens = token_set(shared_dir)
+    keys = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    whole = trainer_of(architecture, tokens, tmp_path / "whole", optimizer, **keys)
+    whole.run()
+    first = trainer_of(architecture, tokens, tmp_path / "cut", optimizer, **keys)
+
+    def stop(control):
+        raise KeyboardInterrupt
+
+    first.add_callback(At(3, stop))
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    second = trainer_of(architecture, tokens, tmp_path / "cut", optimizer, **keys)
+    point = second.resume_point()
+    assert point.name == "checkpoint-2"
+    second.run(point)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+    assert second.tokens_seen == whole.tokens_seen
+    assert [c["loss"] for c in second.curve] == [c["loss"] for c in whole.curve]
+
+
+def test_workers_change_nothing(shared_dir, tmp_path):
+    tokens = token_set(shared_dir)
+    runs = [trainer_of("bert", tokens, tmp_path / str(n), dataloader_num_workers=n, max_steps=4) for n in (0, 2)]
+    for run in runs:
+        run.run()
+    assert all(torch.equal(a, b) for a, b in zip(weights(runs[0]).values(), weights(runs[1]).values()))
+
+
+@pytest.mark.parametrize("key", ["seed", "batch", "objective"])
+def test_resume_refuses_another_run(key, shared_dir, tmp_path):
+    tokens = token_set(shared_dir)
+    keys = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer_of("bert", tokens, tmp_path, **keys).run()
+    changed = {"seed": {"seed": 5}, "batch": {"per_device_train_batch_size": 2}, "objective": {"objective": MaskedTokens(rate=0.2)}}[key]
+    other = trainer_of("bert", tokens, tmp_path, **{**keys, **changed})
+    with pytest.raises(UserError, match=f"{key} changed: .*--accept {key}"):
+        other.resume_point()
+    assert other.resume_point((key,)).name == "checkpoint-2"
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_stops_before_the_update(where, shared_dir, tmp_path):
+    tokens = token_set(shared_dir)
+    trainer = trainer_of("bert", tokens, tmp_path, max_steps=5, save_strategy="steps", save_steps=1)
+    seen = {}
+
+    def spoil(control):
+        seen["before"] = weights(trainer)
+        target = trainer.model.get_input_embeddings().weight
+        if where == "gradient":
+            target.register_hook(lambda g: g * float("inf"))
+        else:
+            trainer.compute_loss_func = lambda *a, **k: lmssl.token_loss(*a, **k) * float("nan")
+
+    trainer.add_callback(At(2, spoil))
+    with pytest.raises(Stopped, match=rf"the {where} of step 3 is not finite \(items 8 to 11 .*checkpoint-2") as caught:
+        trainer.run()
+    assert caught.value.exit_code == 3
+    assert all(torch.equal(a, b) for a, b in zip(seen["before"].values(), weights(trainer).values()))
+    checkpoints.verify(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_at_the_step_boundary(signum, shared_dir, tmp_path):
+    tokens = token_set(shared_dir)
+    trainer = trainer_of("bert", tokens, tmp_path, max_steps=6, save_strategy="steps", save_steps=100)
+    trainer.add_callback(At(2, lambda control: os.kill(os.getpid(), signum)))
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted) as caught:
+        trainer.run()
+    assert caught.value.exit_code == 128 + signum
+    assert signal.getsignal(signum) == before
+    resumed = trainer_of("bert", tokens, tmp_path, max_steps=6, save_strategy="steps", save_steps=100)
+    resumed.run(resumed.resume_point())
+    whole = trainer_of("bert", tokens, tmp_path / "whole", max_steps=6)
+    whole.run()
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values()))
+
+
+@pytest.mark.parametrize("architecture", SMALL)
+def test_it_learns(architecture, shared_dir, tmp_path):
+    """Forty steps on a text of 36 words bring the held-out loss well below that of the untrained model."""
+    tokens = token_set(shared_dir)
+    trainer = trainer_of(architecture, tokens, tmp_path, "muon", max_steps=40, per_device_train_batch_size=8, learning_rate=1e-2, logging_steps=10)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.run()
+    assert trainer.evaluate()["eval_loss"] < before - 0.8
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert", "t5"])
+def test_held_out_loss_does_not_depend_on_the_batch(architecture, shared_dir, tmp_path):
+    trainer = trainer_of(architecture, token_set(shared_dir), tmp_path)
+    values = [held_out(trainer.model, trainer.held_out_stream, trainer.data_collator, batch) for batch in (1, 3, 64)]
+    for value in values[1:]:
+        assert value["loss"] == pytest.approx(values[0]["loss"], rel=1e-6)
+        assert value["bits_per_byte"] == pytest.approx(values[0]["bits_per_byte"], rel=1e-6)
+        assert (value["labels"], value["rows"]) == (values[0]["labels"], values[0]["rows"])
+
+
+def test_held_out_rate_is_fixed(shared_dir, tmp_path):
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path, objective=MaskedTokens(rate=0.5))
+    assert trainer.held_out_stream.objective.rate == 0.15
+
+
+def test_wrong_combinations_are_refused(shared_dir, tmp_path):
+    tokens = token_set(shared_dir)
+    with pytest.raises(UserError, match="'gpt2' is a decoder"):
+        lmssl.PretrainTrainer(small_model("gpt2", tokens.vocab()), SpanCorruption(), tokens, arguments(tmp_path))
+    from lmssl.objectives.toy import vocab
+
+    with pytest.raises(UserError, match="420 ids, the model 64 embeddings"):
+        lmssl.PretrainTrainer(small_model("gpt2", vocab(64)), NextToken(), tokens, arguments(tmp_path))
+    with pytest.raises(UserError, match="max_steps"):
+        lmssl.PretrainTrainer(small_model("gpt2", tokens.vocab()), NextToken(), tokens, arguments(tmp_path, max_steps=-1))
+
+
+# --- the whole spine by recipe -------------------------------------------------------------------------------------
+
+
+def recipe_of(corpus_file, out, **trainer):
+    return PretrainRecipe.of(
+        {
+            "data": {"text": str(corpus_file), "tokenizer": "tokenizer_assets/bpe-8k", "seq_length": 32, "held_out": 0.1},
+            "model": {"architecture": "bert", **SMALL["bert"]},
+            "objective": {"name": "masked"},
+            "trainer": {"output_dir": str(out), "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "bf16": False, **trainer},
+        }
+    )
+
+
+def test_pretrain_folder_and_metrics(corpus_file, tmp_path):
+    out = tmp_path / "run"
+    metrics = pretrain(recipe_of(corpus_file, out), quiet=True)
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert {"objective", "family", "architecture", "parameters", "seed", "steps", "tokens", "seconds", "tokens_per_second", "held_out"} <= set(metrics)
+    assert (metrics["steps"], metrics["family"], metrics["tokens"]) == (4, "encoder", 4 * 4 * 32)
+    assert {p.name for p in out.iterdir()} >= {"model.safetensors", "config.json", "tokenizer.json", "recipe.yaml", "README.md", "checkpoint-2", "checkpoint-4"}
+    final, last = load_file(out / "model.safetensors"), load_file(out / "checkpoint-4" / "model.safetensors")
+    assert all(torch.equal(final[k], last[k]) for k in final)
+    assert not list(out.rglob("*.bin")), "nothing pickled beside the optimizer's state"
+    # Feeding the resolved recipe back repeats the run.
+    again = PretrainRecipe.load(out / "recipe.yaml", [f"trainer.output_dir={tmp_path / 'again'}"])
+    assert pretrain(again, quiet=True)["held_out"] == metrics["held_out"]
+
+
+def test_existing_folders(corpus_file, tmp_path):
+    out, recipe = tmp_path / "run", recipe_of(corpus_file, tmp_path / "run")
+    first = pretrain(recipe, resume=True, quiet=True)  # nothing there yet: starts at step 0
+    with pytest.raises(UserError, match=r"holds a run.*--resume.*--overwrite"):
+        pretrain(recipe, quiet=True)
+    stamp = (out / "model.safetensors").stat().st_mtime_ns
+    assert pretrain(recipe, resume=True, quiet=True) == first
+    assert (out / "model.safetensors").stat().st_mtime_ns == stamp, "a finished run is left alone"
+    longer = pretrain(recipe_of(corpus_file, out, max_steps=6), resume=True, quiet=True)
+    assert (longer["steps"], longer["tokens"]) == (6, 6 * 4 * 32)
+    assert pretrain(recipe, overwrite=True, quiet=True)["held_out"] == first["held_out"]
+
+
+def test_damaged_checkpoints(corpus_file, tmp_path):
+    out, recipe = tmp_path / "run", recipe_of(corpus_file, tmp_path / "run")
+    first = pretrain(recipe, quiet=True)
+    (out / "metrics.json").unlink()
+    with (out / "checkpoint-4" / "optimizer.pt").open("r+b") as stream:
+        stream.seek(100)
+        stream.write(b"\xff\x00\xff")
+    assert pretrain(recipe, resume=True, quiet=True)["held_out"] == first["held_out"]
+    assert (out / "damaged-checkpoint-4").is_dir()
+    (out / "metrics.json").unlink()
+    for name in ("checkpoint-2", "checkpoint-4"):
+        (out / name / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint is whole.*model.safetensors is missing"):
+        pretrain(recipe, resume=True, quiet=True)
+
+
+def test_evaluate_repeats_the_final_number(corpus_file, tmp_path):
+    from lmssl.recipe import evaluate
+
+    metrics = pretrain(recipe_of(corpus_file, tmp_path / "run"), quiet=True)
+    again = evaluate(str(tmp_path / "run"), ["trainer.per_device_eval_batch_size=3"])
+    assert again["held_out"]["loss"] == pytest.approx(metrics["held_out"]["loss"], rel=1e-6)
+    other = evaluate(str(tmp_path / "run"), [f"data.text={corpus_file}"])
+    assert other["held_out"]["loss"] != metrics["held_out"]["loss"]
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["held_out"] == other["held_out"]
+
+
+def test_continue_from_a_checkpoint(corpus_file, tmp_path):
+    """`from:` alone: the tokenizer comes with it, and the loss goes on from where it was."""
+    first = pretrain(recipe_of(corpus_file, tmp_path / "first", max_steps=30, learning_rate=1e-2), quiet=True)
+    second = PretrainRecipe.of(
+        {
+            "data": {"text": str(corpus_file), "seq_length": 32, "held_out": 0.1},
+            "model": {"from": str(tmp_path / "first")},
+            "objective": {"name": "masked"},
+            "trainer": {"output_dir": str(tmp_path / "second"), "max_steps": 1, "learning_rate": 1e-9, "bf16": False},
+        }
+    )
+    assert pretrain(second, quiet=True)["held_out"]["loss"] == pytest.approx(first["held_out"]["loss"], abs=1e-3)
+
+
+def test_python_api_without_a_recipe(shared_dir, tmp_path):
+    """The example of the README."""
+    tokens = token_set(shared_dir)
+    model = lmssl.build_model({"architecture": "bert", **SMALL["bert"]}, tokens.vocab(), MaskedTokens(rate=0.3), seq_length=32, seed=0)
+    trainer = lmssl.PretrainTrainer(model, objective=MaskedTokens(rate=0.3), train_dataset=tokens, args=arguments(tmp_path))
+    trainer.run()
+    assert trainer.metrics()["held_out"]["loss"] > 0
+    assert Path(tmp_path).exists()
