@@ -165,11 +165,11 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    from lmssl import recipe
+    from lmssl import recipe, report
 
     loaded = recipe.FinetuneRecipe.load(options.recipe, options.overrides)
     _silence_transformers()
-    recipe.finetune(loaded, overwrite=options.overwrite)
+    print(report.label_table(recipe.finetune(loaded, overwrite=options.overwrite)))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -47,16 +47,16 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = closure() if closure else None
+        loss: Any = closure() if closure else None
         for part in self._parts:
-            part.step()  # type: ignore[operator]
+            part.step()
         return loss
 
 
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups: matrices inside the model for Muon; embeddings and projection, and all vectors, for AdamW."""
     outer = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     outer |= {id(p) for p in head.parameters()} if head is not None else set()
     trained = [p for p in model.parameters() if p.requires_grad]
     inner = [p for p in trained if p.ndim == 2 and id(p) not in outer]

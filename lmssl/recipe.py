@@ -389,7 +389,6 @@ def preview(recipe: PretrainRecipe, rows: int) -> tuple[Stream, Tokenizer]:
 
 def finetune(recipe: FinetuneRecipe, *, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Fine-tune on few labels, pretrained and from scratch, several seeds; returns what metrics.json says."""
-    from lmssl import report
     from lmssl.tasks import base
 
     args, optimizer, section = training_arguments(recipe.trainer, base.trainer_defaults() | hardware_defaults())
@@ -403,8 +402,6 @@ def finetune(recipe: FinetuneRecipe, *, overwrite: bool = False, quiet: bool = F
     metrics |= {"environment": environment()}
     _write(out / "recipe.yaml", config.dump(_plain(resolved)))
     _write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    if not quiet:
-        log.info("\n%s", report.label_table(metrics))
     return metrics
 
 
@@ -422,7 +419,8 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     checkpoint_config = models.read_config(checkpoint, "CHECKPOINT")
     family = models.family_of(checkpoint_config)
     fallback = {"decoder": "next_token", "encoder": "masked", "encoder-decoder": "span_corruption"}[family]
-    sections: dict[str, dict[str, Any]] = {"data": {"seq_length": models.max_length(checkpoint_config) or 128}, "objective": {"name": fallback}, "model": {}, "trainer": {}} | saved
+    sections: dict[str, dict[str, Any]] = {"data": {"seq_length": models.max_length(checkpoint_config) or 128}, "objective": {"name": fallback}, "model": {}, "trainer": {}}
+    sections |= saved
     sections = config.apply_overrides(sections, overrides, ("data", "objective", "trainer"))
     own_text = not any(o.startswith("data.text=") for o in overrides)
     if own_text and "text" not in sections["data"]:

@@ -120,26 +120,26 @@ def _finetuned(folder: Path, metrics: dict[str, Any], figure: Callable[..., str]
 
 def verdict(metrics: dict[str, Any]) -> str:
     """One sentence on what pretraining bought, negative results included."""
-    gains = [row["gain"] for row in metrics["summary"]]
+    intervals = [row["gain"]["interval"] for row in metrics["summary"]]
     mean, error = mean_gain(metrics)
-    sure = sum(g["interval"][0] > 0 for g in gains)
+    change = f"{metrics['task']} {metrics['metric']} by {100 * mean:+.1f} points on average"
+    if error is None:
+        return f"Pretraining changes {change}, over one seed: no spread, so no evidence."
     if not mean > error:
-        return f"No gain shown: pretraining changes {metrics['task']} {metrics['metric']} by {100 * mean:+.1f} points (standard error {100 * error:.1f})."
-    return (
-        f"Pretraining changes {metrics['task']} {metrics['metric']} by {100 * mean:+.1f} points on average (standard error {100 * error:.1f}); "
-        f"the gain exceeds its 95% interval at {sure} of {len(gains)} label counts."
-    )
+        return f"No gain shown: pretraining changes {change} (standard error {100 * error:.1f})."
+    sure = sum(interval[0] > 0 for interval in intervals)
+    return f"Pretraining changes {change} (standard error {100 * error:.1f}); the gain exceeds its 95% interval at {sure} of {len(intervals)} label counts."
 
 
-def mean_gain(metrics: dict[str, Any]) -> tuple[float, float]:
-    """The mean over the label counts of the paired gain, and its standard error over seeds."""
+def mean_gain(metrics: dict[str, Any]) -> tuple[float, float | None]:
+    """The mean over the label counts of the paired gain, and its standard error over seeds (None for one seed)."""
     seeds = sorted({r["seed"] for r in metrics["results"]})
     sign = {"pretrained": 1.0, "scratch": -1.0}
     counts = len(metrics["summary"])
     means = [sum(sign[r["init"]] * r["score"] for r in metrics["results"] if r["seed"] == s) / counts for s in seeds]
     mean = sum(means) / len(means)
     if len(means) < 2:
-        return mean, float("nan")
+        return mean, None
     return mean, math.sqrt(sum((m - mean) ** 2 for m in means) / (len(means) - 1) / len(means))
 
 
@@ -150,13 +150,13 @@ def label_table(metrics: dict[str, Any]) -> str:
     return "\n".join([*lines, "", verdict(metrics)])
 
 
-def _percent(value: dict[str, float]) -> str:
-    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}"
+def _percent(value: dict[str, Any]) -> str:
+    return f"{100 * value['mean']:.1f}" + (f" ± {100 * value['std']:.1f}" if value["std"] is not None else "")
 
 
 def _gain(gain: dict[str, Any]) -> str:
-    low, high = gain["interval"]
-    return f"{100 * gain['mean']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" if math.isfinite(low) else f"{100 * gain['mean']:+.1f}"
+    text = f"{100 * gain['mean']:+.1f}"
+    return text if gain["interval"] is None else f"{text} [{100 * gain['interval'][0]:+.1f}, {100 * gain['interval'][1]:+.1f}]"
 
 
 def _machine(metrics: dict[str, Any]) -> list[tuple[str, str]]:
@@ -214,7 +214,7 @@ def _draw_labels(ax: Any, metrics: dict[str, Any]) -> None:
         colour = COLOURS[init]
         x = [row["labels"] for row in metrics["summary"]]
         mean = [100 * row[init]["mean"] for row in metrics["summary"]]
-        std = [100 * row[init]["std"] for row in metrics["summary"]]
+        std = [100 * (row[init]["std"] or 0.0) for row in metrics["summary"]]
         ax.plot(x, mean, "-", color=colour, label=init)
         ax.fill_between(x, [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)], color=colour, alpha=0.15, linewidth=0)
         points = [(r["labels"], 100 * r["score"]) for r in metrics["results"] if r["init"] == init]

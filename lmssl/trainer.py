@@ -189,10 +189,11 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
+                facts = self._facts()  # sums over ranks, so every rank must ask
                 if self.is_world_process_zero():
                     staged = self._stage / f"checkpoint-{step}"
                     (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe says it all
-                    checkpoints.seal(staged, self._facts())
+                    checkpoints.seal(staged, facts)
                     checkpoints.publish(staged, root / staged.name)
                     self._known_good.add(staged.name)
                     checkpoints.rotate(root, self._known_good)

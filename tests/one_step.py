@@ -18,14 +18,18 @@ from tests.helpers import OBJECTIVE, arguments, first_step, sentences, small_mod
 SENTIMENT = {"decoder": "llama", "encoder": "modernbert", "encoder-decoder": "t5"}
 
 
+def save_backbones(shared: Path) -> None:
+    """What the sentiment steps start from; saved before any process group exists."""
+    for family, architecture in SENTIMENT.items():
+        small_model(architecture, token_set(shared).vocab()).save_pretrained(shared / family)
+
+
 def sentiment_step(family: str, tokens, micro: int, folder: Path) -> tuple[float, torch.Tensor]:
-    architecture = SENTIMENT[family]
-    small_model(architecture, tokens.vocab()).save_pretrained(folder)
     task, tokenizer = Sentiment(), tokenization.load(tokens.folder / "tokenizer")
     examples = [Example(text, str(n % 2), "") for n, text in enumerate(sentences(16))]
     items = task.encode(tokenizer, family, examples, ["0", "1"], 32)
     model = task.model(str(folder), str(folder), ["0", "1"], 0)
-    args = arguments(folder, max_steps=1, per_device_train_batch_size=micro, max_grad_norm=0.0)
+    args = arguments(folder / "out", max_steps=1, per_device_train_batch_size=micro, max_grad_norm=0.0)
     return first_step(ExactTrainer(model, args, Few(items, mix(0), 8), Collator(tokens.vocab().pad), quiet=True))
 
 
@@ -38,7 +42,7 @@ def main(shared: str, architectures: str, out: str, micro: str) -> None:
         assert trainer.args.world_size == world
         steps[name] = first_step(trainer)
     for family in SENTIMENT:
-        steps[f"sentiment {family}"] = sentiment_step(family, tokens, int(micro), folder / family)
+        steps[f"sentiment {family}"] = sentiment_step(family, tokens, int(micro), Path(shared) / family)
     if os.environ.get("RANK", "0") == "0":
         torch.save({"world": world, "steps": steps}, out)
 

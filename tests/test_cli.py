@@ -13,7 +13,7 @@ from lmssl.cli import run
 from lmssl.data.tokens import TokenSet
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))  # accelerate/ holds hardware
 PRETRAIN = [p for p in RECIPES if p.parent.name == "pretrain"]
 FINETUNE = [p for p in RECIPES if p.parent.name == "finetune"]
 
@@ -65,10 +65,11 @@ def test_every_finetuning_recipe_runs_two_steps(path, corpus_file, tmp_path, cap
         f"trainer.output_dir={tmp_path / 'ft'}",
     ]
     assert run(["finetune", str(path), *overrides]) == 0
-    assert "| labels | scratch | pretrained | gain |" in capsys.readouterr().err
+    assert "| labels | scratch | pretrained | gain |" in capsys.readouterr().out
     assert run(["report", str(tmp_path), "--png"]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 3 - 1 or page.count("<svg") == 1
+    assert page.count("<svg") == 1
+    assert "no evidence" not in page
     assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("https://matplotlib.org", "").replace("http://creativecommons.org", "")
     assert list(tmp_path.glob("*.png"))
 
@@ -76,9 +77,8 @@ def test_every_finetuning_recipe_runs_two_steps(path, corpus_file, tmp_path, cap
 @pytest.mark.parametrize("objective", ["next_token", "masked", "span_corruption", "infilling"])
 def test_show(objective, corpus_file, tmp_path, capsys):
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(
-        f"data: {{text: {corpus_file}, tokenizer: tokenizer_assets/bpe-8k, seq_length: 48}}\nmodel: {{architecture: t5}}\nobjective: {{name: {objective}}}\ntrainer: {{output_dir: x}}\n"
-    )
+    data = f"data: {{text: {corpus_file}, tokenizer: tokenizer_assets/bpe-8k, seq_length: 48}}"
+    recipe.write_text(f"{data}\nmodel: {{architecture: t5}}\nobjective: {{name: {objective}}}\ntrainer: {{output_dir: x}}\n")
     assert run(["show", str(recipe), "--rows", "2"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("item ") == 2

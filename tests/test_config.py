@@ -167,5 +167,5 @@ def test_epochs_become_steps(tmp_path):
 
 
 def test_missing_sections_and_paths(tmp_path):
-    with pytest.raises(UserError, match="data.tokenizer: missing"):
+    with pytest.raises(UserError, match=r"data.tokenizer: missing"):
         PretrainRecipe.of({"data": {"text": "x"}, "model": {"architecture": "bert"}, "objective": {"name": "masked"}, "trainer": {}})

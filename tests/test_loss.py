@@ -16,6 +16,7 @@ from lmssl.data.stream import Collator, Stream
 from lmssl.objectives.base import token_loss
 from lmssl.objectives.cross_entropy import CHUNK, summed_cross_entropy
 from tests.helpers import OBJECTIVE, SMALL, apart, arguments, first_step, small_model, token_set
+from tests.one_step import save_backbones
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 32
@@ -75,7 +76,7 @@ def test_split_of_the_batch_changes_nothing(architecture, shared_dir, tmp_path):
 @pytest.mark.parametrize("architectures", [["gpt2", "llama", "bert", "roberta", "modernbert", "t5", "bart"]], ids=["all"])
 def test_two_processes_equal_one(architectures, shared_dir, tmp_path):
     """torchrun with two processes (asserted) against one, for every architecture and for sentiment on each family."""
-    token_set(shared_dir)
+    save_backbones(shared_dir)
     script = [str(ROOT / "tests" / "one_step.py"), str(shared_dir), ",".join(architectures)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *script, str(tmp_path / "one"), "8"], check=True, env=environment, timeout=240)

@@ -99,6 +99,7 @@ def test_it_learns_and_scratch_differs(easy, shared_dir, tmp_path):
     scores = [r["score"] for r in finetune(recipe, quiet=True)["results"]]
     assert min(scores) > 0.9
     task = recipe.task
+    small_model("llama", tokens.vocab(), 32, seed=7).save_pretrained(tmp_path / "backbone")
     twin, reused = (task.model(s, str(tmp_path / "backbone"), ["a", "b"], 0) for s in (None, str(tmp_path / "backbone")))
     backbone = models.AUTO["decoder"].from_pretrained(tmp_path / "backbone")
     assert (reused.get_input_embeddings().weight == backbone.get_input_embeddings().weight).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -114,7 +115,7 @@ def spans_of(segments: np.ndarray) -> list[tuple[int, int]]:
         return []
     edges = np.flatnonzero(np.diff(segments)) + 1
     bounds = [0, *edges.tolist(), len(segments)]
-    return [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if segments[a] != 0]
+    return [(a, b) for a, b in pairwise(bounds) if segments[a] != 0]
 
 
 def check_rate(name: str, value: float, *, low: float = 0.0, high: float = 1.0, open_low: bool = False) -> None:

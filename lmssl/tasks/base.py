@@ -253,19 +253,21 @@ def _one(
 def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each number of labels: mean and standard deviation of both inits, and the paired gain with its error.
 
-    The gain is paired by seed (same subset); `interval` is its 95% t-interval, `error` its standard error.
+    The gain is paired by seed (same subset); `interval` is its 95% t-interval, `error` its standard error;
+    one seed has neither.
     """
     rows = []
     for labels in sorted({r["labels"] for r in results}):
         score = {init: {r["seed"]: r["score"] for r in results if r["labels"] == labels and r["init"] == init} for init in ("scratch", "pretrained")}
         gains = np.array([score["pretrained"][s] - score["scratch"][s] for s in score["pretrained"]])
-        error = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else float("nan")
-        half = t_quantile(len(gains) - 1) * error
-        row: dict[str, Any] = {"labels": labels}
-        for init, values in score.items():
-            array = np.array(list(values.values()))
-            row[init] = {"mean": float(array.mean()), "std": float(array.std(ddof=1)) if len(array) > 1 else 0.0}
-        rows.append(row | {"gain": {"mean": float(gains.mean()), "error": error, "interval": [float(gains.mean() - half), float(gains.mean() + half)]}})
+        mean = float(gains.mean())
+        gain: dict[str, Any] = {"mean": mean, "error": None, "interval": None}
+        if len(gains) > 1:
+            error = float(gains.std(ddof=1) / math.sqrt(len(gains)))
+            half = t_quantile(len(gains) - 1) * error
+            gain |= {"error": error, "interval": [mean - half, mean + half]}
+        spread = {i: {"mean": float(np.mean([*v.values()])), "std": float(np.std([*v.values()], ddof=1)) if len(v) > 1 else None} for i, v in score.items()}
+        rows.append({"labels": labels, **spread, "gain": gain})
     return rows
 
 
