@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,12 @@ log = logging.getLogger("lmssl")
 
 PRETRAIN = ("data", "model", "objective", "trainer")
 FINETUNE = ("task", "data", "model", "trainer")
+
+
+def _complete(sections: dict[str, Any], names: tuple[str, ...], path: str) -> None:
+    for name in names:
+        if name not in sections:
+            raise UserError(f"{path}: the section '{name}' is missing; this kind of recipe has {', '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,7 @@ class PretrainRecipe:
     @classmethod
     def of(cls, sections: dict[str, dict[str, Any]], path: str = "recipe") -> PretrainRecipe:
         """A recipe from nested mappings."""
-        for name in PRETRAIN:
-            if name not in sections:
-                raise UserError(f"{path}: the section '{name}' is missing; a pretraining recipe has {', '.join(PRETRAIN)}")
+        _complete(sections, PRETRAIN, path)
         data = config.build(DataSection, sections["data"], "data")
         if data.tokenizer is None and "from" not in sections["model"]:
             raise UserError("data.tokenizer: missing; name a tokenizer folder, for example tokenizer_assets/bpe-8k")
@@ -102,14 +106,6 @@ class FinetuneData:
 
 
 @dataclass(frozen=True)
-class FinetuneModel:
-    """`model` of a fine-tuning recipe."""
-
-    from_: str = field(metadata={"key": "from"})
-    """The pretrained checkpoint; its twin from scratch takes the same configuration."""
-
-
-@dataclass(frozen=True)
 class FinetuneRecipe:
     """The four sections of a fine-tuning recipe."""
 
@@ -129,9 +125,7 @@ class FinetuneRecipe:
         """A recipe from nested mappings."""
         from lmssl.tasks import make_task
 
-        for name in FINETUNE:
-            if name not in sections:
-                raise UserError(f"{path}: the section '{name}' is missing; a fine-tuning recipe has {', '.join(FINETUNE)}")
+        _complete(sections, FINETUNE, path)
         config.check_keys(sections["model"], ["from"], "model")
         source = sections["model"].get("from")
         if not isinstance(source, str):
@@ -400,8 +394,9 @@ def finetune(recipe: FinetuneRecipe, *, overwrite: bool = False, quiet: bool = F
     resolved = recipe.sections | {"task": dataclasses.asdict(recipe.task) | {"name": recipe.task.name}}
     metrics = base.curve(recipe.task, recipe.data, recipe.source, args, optimizer, "max_steps" in recipe.trainer, quiet)
     metrics |= {"environment": environment()}
-    _write(out / "recipe.yaml", config.dump(_plain(resolved)))
-    _write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    if int(os.environ.get("RANK", 0)) == 0:
+        _write(out / "recipe.yaml", config.dump(_plain(resolved)))
+        _write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     return metrics
 
 

@@ -433,6 +433,7 @@ class PretrainTrainer(ExactTrainer):
         stream = Stream(train_dataset, objective, length, args.seed, args.max_steps * batch, self.start)
         collator = Collator(objective, length, family, stream.vocab.pad)
         identity = train_dataset.identity | {"objective": section, "seed": args.seed, "batch": batch, "seq_length": length, "threads": torch.get_num_threads()}
+        identity |= {"bf16": bool(args.bf16), "torch_compile": bool(args.torch_compile)}
         super().__init__(models.prepare(model), args, stream, collator, optimizer, identity, quiet)
         self.held_out_stream = held_out_stream(stream, length, self.start)
 

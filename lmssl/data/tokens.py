@@ -55,7 +55,7 @@ class _Seen:
         if at < len(self._sorted) and int(self._sorted[at]) == value:
             return False
         self._recent.add(value)
-        if len(self._recent) >= 2**16 + len(self._sorted) // 8:
+        if len(self._recent) >= 2**16 + len(self._sorted) // 32:
             self._sorted = np.sort(np.concatenate([self._sorted, np.fromiter(self._recent, np.uint64)]))
             self._recent.clear()
         return True

@@ -109,6 +109,24 @@ class Objective(Protocol):
         ...
 
 
+class SameLength:
+    """For objectives whose every array is as long as the row, and whose held-out rate is their own."""
+
+    __slots__ = ()
+
+    def row_length(self, model_length: int) -> int:
+        return model_length
+
+    def lengths(self, model_length: int) -> dict[str, tuple[int, ...]]:
+        return {"input_ids": (model_length,), "labels": (model_length,)}
+
+    def most_labels(self, model_length: int) -> int:
+        return model_length
+
+    def held_out(self) -> Any:
+        return self
+
+
 def spans_of(segments: np.ndarray) -> list[tuple[int, int]]:
     """[begin, end) of each run of one non-zero value."""
     if not len(segments):

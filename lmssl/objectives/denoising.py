@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lmssl.objectives.base import Arrays, Family, Row, Vocab, check_rate, round_random, spans_of
+from lmssl.objectives.base import Arrays, Family, Row, SameLength, Vocab, check_rate, round_random, spans_of
 
 
 def random_lengths(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
@@ -16,12 +16,23 @@ def random_lengths(total: int, parts: int, rng: np.random.Generator) -> np.ndarr
     return np.diff(np.concatenate([[0], cuts, [total]]))
 
 
+def joined(pieces: list[np.ndarray], segments: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces of documents end to end, int32, and the document number of every position."""
+    ids = np.concatenate([*pieces, np.empty(0, np.int32)]).astype(np.int32)
+    return ids, np.repeat(np.array(segments, np.int32), [len(p) for p in pieces])
+
+
+def encoder_arrays(inputs: list[np.ndarray], segments: list[int]) -> Arrays:
+    """What the encoder reads."""
+    ids, numbers = joined(inputs, segments)
+    return {"input_ids": ids, "segments": numbers}
+
+
 def decoder_arrays(targets: list[np.ndarray], segments: list[int], start: int) -> Arrays:
     """Labels and the decoder input that predicts them, each document starting anew from `start`."""
-    labels = np.concatenate([*targets, np.empty(0, np.int32)]).astype(np.int32)
-    inputs = np.concatenate([np.concatenate([[start], t[:-1]]) for t in targets] + [np.empty(0, np.int32)])
-    numbers = np.repeat(np.array(segments, np.int32), [len(t) for t in targets])
-    return {"decoder_input_ids": inputs.astype(np.int32), "decoder_segments": numbers, "labels": labels}
+    labels, numbers = joined(targets, segments)
+    inputs, _ = joined([np.concatenate([[start], t[:-1]]) for t in targets], segments)
+    return {"decoder_input_ids": inputs, "decoder_segments": numbers, "labels": labels}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +127,11 @@ class SpanCorruption:
         for begin, end in row.documents():
             kept, spelled = self._corrupt(row.ids[begin:end], noise[begin:end], vocab)
             inputs.append(kept)
-            numbers.append(np.full(len(kept), row.segments[begin], np.int32))
+            numbers.append(int(row.segments[begin]))
             if len(spelled) > 1:
                 targets.append(spelled)
                 documents.append(int(row.segments[begin]))
-        empty = np.empty(0, np.int32)
-        encoder = {"input_ids": np.concatenate([*inputs, empty]).astype(np.int32), "segments": np.concatenate([*numbers, empty])}
-        return encoder | decoder_arrays(targets, documents, vocab.start)
+        return encoder_arrays(inputs, numbers) | decoder_arrays(targets, documents, vocab.start)
 
     @staticmethod
     def _corrupt(ids: np.ndarray, noise: np.ndarray, vocab: Vocab) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +148,7 @@ class SpanCorruption:
 
 
 @dataclass(frozen=True, slots=True)
-class Infilling:
+class Infilling(SameLength):
     """Corrupt a text in BART's ways and predict the whole of it.
 
     In this order, each within its document: sentences are shuffled (`permute`), spans covering `rate` of the tokens
@@ -191,30 +200,16 @@ class Infilling:
         if not any((self.rate, self.permute, self.mask_rate, self.delete_rate, self.rotate)):
             raise ValueError("every noise is 0: nothing would be learnt; set rate=0.3 and permute=1.0 for BART's own mix")
 
-    def row_length(self, model_length: int) -> int:
-        return model_length
-
-    def lengths(self, model_length: int) -> dict[str, tuple[int, ...]]:
-        return {"input_ids": (model_length,), "labels": (model_length,)}
-
-    def most_labels(self, model_length: int) -> int:
-        return model_length
-
-    def held_out(self) -> Infilling:
-        return self
-
     def __call__(self, row: Row, vocab: Vocab, rng: np.random.Generator) -> Arrays:
         inputs, numbers, targets, documents = [], [], [], []
         for begin, end in row.documents():
             ids, number = row.ids[begin:end], int(row.segments[begin])
             noisy = self._corrupt(ids, vocab, rng)
             inputs.append(noisy)
-            numbers.append(np.full(len(noisy), number, np.int32))
+            numbers.append(number)
             targets.append(ids)
             documents.append(number)
-        empty = np.empty(0, np.int32)
-        encoder = {"input_ids": np.concatenate([*inputs, empty]).astype(np.int32), "segments": np.concatenate([*numbers, empty])}
-        return encoder | decoder_arrays(targets, documents, vocab.start)
+        return encoder_arrays(inputs, numbers) | decoder_arrays(targets, documents, vocab.start)
 
     def _corrupt(self, ids: np.ndarray, vocab: Vocab, rng: np.random.Generator) -> np.ndarray:
         """One document with its noise; the special tokens at its ends stay where they are."""

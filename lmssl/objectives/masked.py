@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from lmssl.objectives.base import IGNORE, Arrays, Family, Row, Vocab, check_rate, round_random
+from lmssl.objectives.base import IGNORE, Arrays, Family, Row, SameLength, Vocab, check_rate, round_random
 
 
 @dataclass(frozen=True, slots=True)
-class MaskedTokens:
+class MaskedTokens(SameLength):
     """Hide some tokens and predict them from both sides: the masked language model of BERT.
 
     Of the maskable tokens (no special, no padding) a share `rate` is selected: exactly that share in the mean, for
@@ -66,12 +66,6 @@ class MaskedTokens:
         check_rate("span_p", self.span_p, open_low=True)
         if self.span_max < 1:
             raise ValueError(f"span_max={self.span_max} must be at least 1 word")
-
-    def row_length(self, model_length: int) -> int:
-        return model_length
-
-    def lengths(self, model_length: int) -> dict[str, tuple[int, ...]]:
-        return {"input_ids": (model_length,), "labels": (model_length,)}
 
     def most_labels(self, model_length: int) -> int:
         return min(model_length, int(self.rate * model_length) + 1)

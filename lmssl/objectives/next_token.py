@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from lmssl.objectives.base import IGNORE, Arrays, Family, Row, Vocab
+from lmssl.objectives.base import IGNORE, Arrays, Family, Row, SameLength, Vocab
 
 
 @dataclass(frozen=True, slots=True)
-class NextToken:
+class NextToken(SameLength):
     """Predict each token from those before it: the causal language model of GPT.
 
     Every token is a label but the first of each document, which has nothing before it. Labels are unshifted, as
@@ -34,18 +34,6 @@ class NextToken:
 
     families: ClassVar[frozenset[Family]] = frozenset({"decoder"})
     needs: ClassVar[frozenset[str]] = frozenset()
-
-    def row_length(self, model_length: int) -> int:
-        return model_length
-
-    def lengths(self, model_length: int) -> dict[str, tuple[int, ...]]:
-        return {"input_ids": (model_length,), "labels": (model_length,)}
-
-    def most_labels(self, model_length: int) -> int:
-        return model_length
-
-    def held_out(self) -> NextToken:
-        return self
 
     def __call__(self, row: Row, vocab: Vocab, rng: np.random.Generator) -> Arrays:
         first = np.ones(len(row.ids), bool)

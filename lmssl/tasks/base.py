@@ -200,7 +200,7 @@ def curve(task: Task, data: Any, source: str, args: TrainingArguments, optimizer
                 model = task.model(source if init == "pretrained" else None, source, classes, seed)
                 scores = _one(task, model, few[:labels], test_items, collator, args, optimizer, steps, seed)
                 results.append({"labels": labels, "init": init, "seed": seed, "steps": steps, "score": scores[task.metric], **scores})
-                if init == "pretrained" and seed == 0 and labels == max(task.labels):
+                if init == "pretrained" and seed == 0 and labels == max(task.labels) and args.process_index == 0:
                     model.save_pretrained(Path(args.output_dir))
                     tokenizer.save(args.output_dir)
                 if not quiet:

@@ -1,6 +1,6 @@
 """What a row costs: microseconds an item for each objective, and the loss against torch's own; one JSON line each.
 
-    python -m tests.bench.objectives
+python -m tests.bench.objectives
 """
 
 import json

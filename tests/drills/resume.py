@@ -56,13 +56,14 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     options = parser.parse_args()
     draw, failed_any = random.Random(options.seed), False
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "text.txt").write_text("\n".join(sentences(600)))
         environment = os.environ | {"LMSSL_CACHE": str(folder / "cache")}
-        for kind in KINDS:
+        for kind in options.kinds:
             begun, failed, steps = time.time(), 0, []
             whole = folder / kind
             subprocess.run(command(folder, kind, whole), check=True, capture_output=True, env=environment)
@@ -73,7 +74,20 @@ def main() -> int:
                 found = load_file(out / "model.safetensors")
                 failed += any(not expected[k].equal(found[k]) for k in expected)
             failed_any |= failed > 0
-            print(json.dumps({"drill": "resume", "objective": kind, "held": not failed, "tried": options.kills, "failed": failed, "killed_at": steps, "seconds": round(time.time() - begun, 1)}), flush=True)
+            print(
+                json.dumps(
+                    {
+                        "drill": "resume",
+                        "objective": kind,
+                        "held": not failed,
+                        "tried": options.kills,
+                        "failed": failed,
+                        "killed_at": steps,
+                        "seconds": round(time.time() - begun, 1),
+                    }
+                ),
+                flush=True,
+            )
     return int(failed_any)
 
 
