@@ -15,6 +15,7 @@ from lmssl.data.tokens import TokenSet
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))  # accelerate/ holds hardware
 PRETRAIN = [p for p in RECIPES if p.parent.name == "pretrain"]
+QUICKSTART = ROOT / "recipes" / "pretrain" / "quickstart.yaml"
 FINETUNE = [p for p in RECIPES if p.parent.name == "finetune"]
 
 
@@ -54,7 +55,7 @@ def test_every_pretraining_recipe_runs_two_steps(path, corpus_file, tmp_path, ca
 @pytest.mark.parametrize("path", FINETUNE, ids=lambda p: p.stem)
 def test_every_finetuning_recipe_runs_two_steps(path, corpus_file, tmp_path, capsys):
     backbone = tmp_path / "backbone"
-    assert run(["pretrain", str(PRETRAIN[0]), f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=1", f"trainer.output_dir={backbone}"]) == 0
+    assert run(["pretrain", str(QUICKSTART), f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=1", f"trainer.output_dir={backbone}"]) == 0
     overrides = [
         "task.labels=[4, 8]",
         "task.seeds=2",
@@ -95,14 +96,14 @@ def test_tokenizer_verb(corpus_file, tmp_path, capsys):
 
 
 def test_overrides_may_stand_behind_options(corpus_file, tmp_path):
-    args = [str(PRETRAIN[0]), "--overwrite", f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=1", f"trainer.output_dir={tmp_path / 'x'}"]
+    args = [str(QUICKSTART), "--overwrite", f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=1", f"trainer.output_dir={tmp_path / 'x'}"]
     assert run(["pretrain", *args]) == 0
 
 
 @pytest.mark.parametrize("launcher", [["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29731"]], ids=["torchrun"])
 def test_two_processes_by_the_command_line(launcher, corpus_file, tmp_path):
     overrides = [f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=2", "trainer.per_device_train_batch_size=2"]
-    command = [sys.executable, "-m", launcher[0], *launcher[1:], "-m", "lmssl", "pretrain", str(PRETRAIN[0]), *overrides, f"trainer.output_dir={tmp_path / 'two'}"]
+    command = [sys.executable, "-m", launcher[0], *launcher[1:], "-m", "lmssl", "pretrain", str(QUICKSTART), *overrides, f"trainer.output_dir={tmp_path / 'two'}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
@@ -112,7 +113,7 @@ def test_two_processes_by_the_command_line(launcher, corpus_file, tmp_path):
 
 def test_accelerate_launch(corpus_file, tmp_path):
     overrides = [f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=1", f"trainer.output_dir={tmp_path / 'a'}"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "lmssl", "pretrain", str(PRETRAIN[0]), *overrides]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "lmssl", "pretrain", str(QUICKSTART), *overrides]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "a" / "model.safetensors").is_file()
