@@ -19,7 +19,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1 { font-size: 1.7rem } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem } h3 { margin-top: 1.5rem }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e5e5e5 }
 th:first-child, td:first-child { text-align: left } caption { text-align: left; color: #666; padding-bottom: .3rem }
-figure { margin: 1rem 0 } svg { max-width: 100%; height: auto } figcaption, .note { color: #666; font-size: .9rem }
+figure { margin: 1rem 0 } svg { width: 100%; height: auto }
+.facts td { text-align: left } .facts td:first-child { color: #666 } figcaption, .note { color: #666; font-size: .9rem }
 .rows p { font: .85rem/1.45 ui-monospace, monospace; overflow-wrap: anywhere; margin: .2rem 0 .6rem; padding: .5rem; background: #f6f6f6 }
 .rows b { color: #666; font-weight: 600 } mark { background: #ffe08a; padding: 0 .1em } .verdict { font-weight: 600 }
 """
@@ -43,13 +44,14 @@ def write(folders: list[Path], *, png: bool = False) -> Path:
                 runs.append((path.parent, json.loads(path.read_text(encoding="utf-8"))))
             except ValueError as error:
                 raise UserError(f"{path}: not valid JSON: {error}") from None
-    runs.sort(key=lambda run: "results" in run[1])
+    runs.sort(key=lambda run: "results" not in run[1])  # the evidence first
     target = folders[0] / "report.html"
-    target.write_text(page(runs, folders[0] if png else None), encoding="utf-8")
+    title = "lmssl: " + ", ".join(folder.name for folder in folders)
+    target.write_text(page(runs, title, folders[0] if png else None), encoding="utf-8")
     return target
 
 
-def page(runs: list[tuple[Path, dict[str, Any]]], pngs: Path | None = None) -> str:
+def page(runs: list[tuple[Path, dict[str, Any]]], title: str, pngs: Path | None = None) -> str:
     """The whole page. `pngs`: a folder that gets every plot as PNG too."""
     parts = []
     evidence = [m for _, m in runs if "results" in m]
@@ -62,7 +64,6 @@ def page(runs: list[tuple[Path, dict[str, Any]]], pngs: Path | None = None) -> s
             return f"<figure>{_svg(draw, pngs / f'{name}-{kind}.png' if pngs else None)}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
         parts.append((_finetuned if "results" in metrics else _pretrained)(folder, metrics, figure))
-    title = "lmssl: " + ", ".join(dict.fromkeys(folder.name for folder, _ in runs))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{''.join(parts)}</body></html>\n"
@@ -80,7 +81,7 @@ def _pretrained(folder: Path, metrics: dict[str, Any], figure: Callable[..., str
         ("held-out loss", f"{held.get('loss', math.nan):.4f} nats a token, {held.get('bits_per_byte', math.nan):.4f} bits per byte"),
         *_machine(metrics),
     ]
-    body = f"<h2>Pretraining: {html.escape(folder.name)}</h2>{_facts(facts)}"
+    body = f"<h2>Pretraining: {html.escape(str(folder))}</h2>{_facts(facts)}"
     if len([c for c in curve if "loss" in c]) > 1:
         body += figure("loss", lambda ax: _draw_loss(ax, curve, held), "Loss over optimizer steps; the last held-out point is the final model in float32.")
         body += figure("throughput", lambda ax: _draw_speed(ax, curve), "Input tokens a second since the start, padding left out.")
@@ -115,7 +116,7 @@ def _finetuned(folder: Path, metrics: dict[str, Any], figure: Callable[..., str]
         f"<tr><th>labels</th><th>scratch</th><th>pretrained</th><th>gain</th></tr>{rows}</table>"
     )
     plot = figure("labels", lambda ax: _draw_labels(ax, metrics), "Each point is one seed; the line joins the means, the band is one standard deviation.")
-    return f"<h2>{html.escape(metrics['task'].capitalize())} on few labels: {html.escape(folder.name)}</h2>{table}{plot}{_facts(facts)}"
+    return f"<h2>{html.escape(metrics['task'].capitalize())} on few labels: {html.escape(str(folder))}</h2>{table}{plot}{_facts(facts)}"
 
 
 def verdict(metrics: dict[str, Any]) -> str:
@@ -171,7 +172,7 @@ def _machine(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _facts(facts: list[tuple[str, Any]]) -> str:
     rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in facts)
-    return f"<table>{rows}</table>"
+    return f'<table class="facts">{rows}</table>'
 
 
 def _svg(draw: Callable[[Any], None], png: Path | None) -> str:
