@@ -33,7 +33,7 @@ test-oldest: ## the tests with the lowest versions that pyproject.toml declares
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint tests/constraints-oldest.txt --editable '.[quickstart,tasks,dev]'
 	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest
 
-drills: $(VENV)/.installed ## kill a training run at random steps and resume it: bit-identical or it fails (about 10 minutes)
+drills: $(VENV)/.installed ## kill a training run at random steps and resume it: bit-identical or it fails (about 20 minutes)
 	$(BIN)/python -m tests.drills.resume
 
 bench: $(VENV)/.installed ## corruption, stream and step times on this machine
