@@ -66,7 +66,6 @@ class PretrainRecipe:
     model: dict[str, Any]
     objective: dict[str, Any]
     trainer: dict[str, Any]
-    path: str = "recipe"
 
     @classmethod
     def load(cls, path: str | Path, overrides: typing.Sequence[str] = ()) -> PretrainRecipe:
@@ -80,7 +79,7 @@ class PretrainRecipe:
         data = config.build(DataSection, sections["data"], "data")
         if data.tokenizer is None and "from" not in sections["model"]:
             raise UserError("data.tokenizer: missing; name a tokenizer folder, for example tokenizer_assets/bpe-8k")
-        return cls(data, dict(sections["model"]), dict(sections["objective"]), dict(sections["trainer"]), path)
+        return cls(data, dict(sections["model"]), dict(sections["objective"]), dict(sections["trainer"]))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, completed where a checkpoint is continued that lacks what the objective needs."""
@@ -296,7 +295,7 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     trainer.run(point)
     metrics = trainer.metrics()
     if trainer.is_world_process_zero():
-        metrics |= {"environment": environment(), "rows_shown": examples(trainer.objective, trainer, tokenizer)}
+        metrics |= {"environment": environment(), "rows_shown": examples(trainer.train_dataset, tokenizer)}
         _finish(out, trainer.accelerator.unwrap_model(trainer.model), tokenizer, metrics, resolved)
     trainer.accelerator.wait_for_everyone()
     return metrics
@@ -353,9 +352,8 @@ def _finish(out: Path, model: Any, tokenizer: Tokenizer, metrics: dict[str, Any]
     _write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
 
 
-def examples(objective: Objective, trainer: Any, tokenizer: Tokenizer, count: int = 3) -> list[dict[str, str]]:
+def examples(stream: Stream, tokenizer: Tokenizer, count: int = 3) -> list[dict[str, str]]:
     """The first rows of the run, before and after, as text for the report."""
-    stream = trainer.train_dataset
     shown = []
     for i in range(min(count, len(stream))):
         row, arrays = stream.row(i), stream[i]
@@ -385,12 +383,11 @@ def finetune(recipe: FinetuneRecipe, *, overwrite: bool = False, quiet: bool = F
     """Fine-tune on few labels, pretrained and from scratch, several seeds; returns what metrics.json says."""
     from lmssl.tasks import base
 
-    args, optimizer, section = training_arguments(recipe.trainer, base.trainer_defaults() | hardware_defaults())
+    args, optimizer, _ = training_arguments(recipe.trainer, base.trainer_defaults() | hardware_defaults())
     out = Path(args.output_dir)
     if (out / "metrics.json").exists() and not overwrite:
         raise UserError(f"trainer.output_dir: {out} holds a run (metrics.json); --overwrite begins anew")
     out.mkdir(parents=True, exist_ok=True)
-    section["max_steps"] = recipe.trainer.get("max_steps", "16 + 8 * sqrt(labels)")
     resolved = recipe.sections | {"task": dataclasses.asdict(recipe.task) | {"name": recipe.task.name}}
     metrics = base.curve(recipe.task, recipe.data, recipe.source, args, optimizer, "max_steps" in recipe.trainer, quiet)
     metrics |= {"environment": environment()}
