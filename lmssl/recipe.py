@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import math
 import os
-import platform
 import shutil
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lmssl import __version__, config, tokenization
+from lmssl import arguments, config, output, tokenization
 from lmssl.data import tokens
 from lmssl.data.stream import Stream
 from lmssl.data.tokens import TokenSet
@@ -22,9 +19,6 @@ from lmssl.errors import UserError
 from lmssl.objectives import fields_of, make
 from lmssl.objectives.base import Objective
 from lmssl.tokenization import Tokenizer
-
-if typing.TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 log = logging.getLogger("lmssl")
 
@@ -112,7 +106,6 @@ class FinetuneRecipe:
     data: FinetuneData
     source: str
     trainer: dict[str, Any]
-    sections: dict[str, dict[str, Any]]
 
     @classmethod
     def load(cls, path: str | Path, overrides: typing.Sequence[str] = ()) -> FinetuneRecipe:
@@ -130,117 +123,7 @@ class FinetuneRecipe:
         if not isinstance(source, str):
             raise UserError("model.from: missing; name the pretrained checkpoint")
         data = config.build(FinetuneData, sections["data"], "data")
-        return cls(make_task(sections["task"]), data, source, dict(sections["trainer"]), sections)
-
-
-# --- the trainer section -------------------------------------------------------------------------------------------
-
-POSITIVE = (
-    "learning_rate",
-    "max_steps",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "logging_steps",
-    "save_steps",
-    "eval_steps",
-)
-NOT_NEGATIVE = ("weight_decay", "warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers", "adam_epsilon")
-BELOW_ONE = ("adam_beta1", "adam_beta2")
-
-
-def training_arguments(section: dict[str, Any], defaults: dict[str, Any], *, epoch_items: int | None = None) -> tuple[TrainingArguments, str, dict[str, Any]]:
-    """The trainer section, typed and completed.
-
-    Args:
-        section: `TrainingArguments` fields and `optimizer`.
-        defaults: lmssl's own values for what is unset.
-        epoch_items: rows of one epoch, so that `num_train_epochs` can become `max_steps`.
-
-    Returns:
-        TrainingArguments, the optimizer's name, and the section with every default filled in.
-
-    Raises:
-        UserError: unknown keys, wrong types, senseless values, fields that lmssl owns.
-    """
-    from transformers import TrainingArguments
-
-    from lmssl.trainer import OWNED
-
-    hints = typing.get_type_hints(TrainingArguments)
-    fields = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
-    values = dict(section)
-    for name in values:
-        if name in OWNED:
-            raise UserError(f"trainer.{name}: not to be set: {OWNED[name]}")
-    if isinstance(accelerator := values.get("accelerator_config"), dict) and {"split_batches", "dispatch_batches"} & set(accelerator):
-        raise UserError("trainer.accelerator_config: split_batches and dispatch_batches are not to be set: item i of the stream belongs to one place in the batch")
-    config.check_keys(values, [*(fields - set(OWNED)), "optimizer"], "trainer")
-    values = {k: config.convert(v, Literal["adamw", "muon"] if k == "optimizer" else hints[k], f"trainer.{k}") for k, v in values.items()}
-    if "output_dir" not in values:
-        raise UserError("trainer.output_dir: missing; name the folder of the run")
-    _check_ranges(values)
-    epochs = values.pop("num_train_epochs", None)
-    if epochs is not None and "max_steps" in values:
-        raise UserError("trainer.num_train_epochs: max_steps is set as well; keep one of them")
-    values = {**defaults, **values}
-    if epochs is not None and epoch_items:
-        batch = int(os.environ.get("WORLD_SIZE", 1)) * values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
-        values["max_steps"] = math.ceil(epochs * epoch_items / batch)
-    optimizer = values.pop("optimizer")
-    steps = values["max_steps"]
-    values.setdefault("logging_steps", max(1, steps // 100))
-    values.setdefault("save_steps", max(1, steps // 4))
-    values.setdefault("warmup_steps", min(100, steps // 10))
-    try:
-        args = TrainingArguments(**values)
-    except (ValueError, TypeError, ImportError, KeyError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())[:300]}") from error
-    if not args.use_cpu and args.world_size > 1 and args.device.type == "cpu":
-        args.use_cpu = True
-    return args, optimizer, {"optimizer": optimizer, **values}
-
-
-def _check_ranges(values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            continue
-        if not math.isfinite(value):
-            raise UserError(f"trainer.{name}: {value} is not a finite number")
-        if (name in POSITIVE and value <= 0) or (name in NOT_NEGATIVE and value < 0) or (name in BELOW_ONE and not 0 <= value < 1):
-            bound = "above 0" if name in POSITIVE else "at least 0" if name in NOT_NEGATIVE else "at least 0 and below 1"
-            raise UserError(f"trainer.{name}: {value} must be {bound}")
-
-
-def hardware_defaults() -> dict[str, Any]:
-    """bf16 where the hardware has it natively; the CPU where there is no accelerator."""
-    import torch
-
-    if torch.cuda.is_available():
-        return {"bf16": torch.cuda.is_bf16_supported(including_emulation=False), "use_cpu": False}
-    if torch.backends.mps.is_available():
-        return {"bf16": False, "use_cpu": False}
-    native = any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return {"bf16": native, "use_cpu": True}
-
-
-def pretrain_defaults() -> dict[str, Any]:
-    """What an unset trainer field is in pretraining; never the Trainer's own 5e-5."""
-    return {
-        "optimizer": "muon",
-        "learning_rate": 3e-3,
-        "lr_scheduler_type": "cosine",
-        "weight_decay": 0.1,
-        "adam_beta2": 0.95,
-        "max_grad_norm": 1.0,
-        "max_steps": 10_000,
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 64,
-        "seed": 0,
-        "report_to": "none",
-        **hardware_defaults(),
-    }
+        return cls(make_task(sections["task"]), data, source, dict(sections["trainer"]))
 
 
 # --- pretrain ------------------------------------------------------------------------------------------------------
@@ -272,30 +155,32 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     from lmssl.trainer import PretrainTrainer
 
     objective, tokenizer = check(recipe)
-    args, _, _ = training_arguments(recipe.trainer, pretrain_defaults())
+    values = arguments.resolve(recipe.trainer, arguments.pretrain_defaults())
+    args = arguments.build(values)  # refuses before any text is read
     out = Path(args.output_dir)
-    finished = _claim(out, args, resume, overwrite)
+    finished = _claim(out, values.get("max_steps"), resume, overwrite)
     if finished:
         log.info("%s is finished at step %d; nothing to do", out, finished["steps"])
         return finished
     token_set = tokens.prepare(recipe.data.text, tokenizer, recipe.data.held_out, quiet=quiet)
     rows = token_set.rows(objective.row_length(recipe.data.seq_length))
-    args, optimizer, trainer_section = training_arguments(recipe.trainer, pretrain_defaults(), epoch_items=rows)
+    values = arguments.with_steps(values, rows)
+    args = arguments.build(values)
     model = models.build(recipe.model, token_set.vocab(_start(recipe)), objective, recipe.data.seq_length, args.seed)
-    trainer = PretrainTrainer(model, objective, token_set, args, recipe.data.seq_length, optimizer, quiet)
+    trainer = PretrainTrainer(model, objective, token_set, args, recipe.data.seq_length, values["optimizer"], quiet)
     point = trainer.resume_point(accept) if resume else None
-    resolved = {"data": dataclasses.asdict(recipe.data), "model": recipe.model, "objective": fields_of(objective), "trainer": trainer_section}
+    resolved = {"data": dataclasses.asdict(recipe.data), "model": recipe.model, "objective": fields_of(objective), "trainer": values}
     resolved["data"]["tokenizer"] = recipe.data.tokenizer or str(recipe.model["from"])
     if trainer.is_world_process_zero():
-        text = config.dump(_plain(resolved))
+        text = config.dump(output.plain(resolved))
         if not quiet:
             log.info("%s", text)
-        _write(out / "recipe.yaml", text)
+        output.write(out / "recipe.yaml", text)
     _log_data(token_set, rows, trainer, quiet)
     trainer.run(point)
     metrics = trainer.metrics()
     if trainer.is_world_process_zero():
-        metrics |= {"environment": environment(), "rows_shown": examples(trainer.train_dataset, tokenizer)}
+        metrics |= {"environment": output.environment(), "rows_shown": examples(trainer.train_dataset, tokenizer)}
         _finish(out, trainer.accelerator.unwrap_model(trainer.model), tokenizer, metrics, resolved)
     trainer.accelerator.wait_for_everyone()
     return metrics
@@ -310,15 +195,15 @@ def _start(recipe: PretrainRecipe) -> int | None:
     return getattr(models.read_config(str(recipe.model["from"]), "model.from"), "decoder_start_token_id", None)
 
 
-def _claim(out: Path, args: Any, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+def _claim(out: Path, steps: int | None, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """Make the output folder ours, by the rules of the design; a finished run is returned."""
     rank = int(os.environ.get("RANK", 0))
     present = [p for p in (out / "metrics.json", out / "recipe.yaml", *out.glob("checkpoint-*")) if p.exists()]
     if out.exists() and not out.is_dir():
         raise UserError(f"trainer.output_dir: {out} is a file")
     if resume:
-        done = _read(out / "metrics.json")
-        return done if done and done.get("steps", 0) >= args.max_steps else None
+        done = output.read_json(out / "metrics.json")
+        return done if done and steps and done.get("steps", 0) >= steps else None
     if present and not overwrite and rank == 0:
         raise UserError(f"trainer.output_dir: {out} holds a run ({present[0].name}); --resume continues it, --overwrite begins anew")
     if rank == 0:
@@ -348,8 +233,8 @@ def _finish(out: Path, model: Any, tokenizer: Tokenizer, metrics: dict[str, Any]
 
     model.save_pretrained(out)
     tokenizer.save(out)
-    _write(out / "README.md", report.model_card(metrics, _plain(resolved)))
-    _write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    output.write(out / "README.md", report.model_card(metrics, output.plain(resolved)))
+    output.write_json(out / "metrics.json", metrics)
 
 
 def examples(stream: Stream, tokenizer: Tokenizer, count: int = 3) -> list[dict[str, str]]:
@@ -383,17 +268,17 @@ def finetune(recipe: FinetuneRecipe, *, overwrite: bool = False, quiet: bool = F
     """Fine-tune on few labels, pretrained and from scratch, several seeds; returns what metrics.json says."""
     from lmssl.tasks import base
 
-    args, optimizer, _ = training_arguments(recipe.trainer, base.trainer_defaults() | hardware_defaults())
-    out = Path(args.output_dir)
+    values = arguments.resolve(recipe.trainer, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
+    out = Path(values["output_dir"])
     if (out / "metrics.json").exists() and not overwrite:
         raise UserError(f"trainer.output_dir: {out} holds a run (metrics.json); --overwrite begins anew")
     out.mkdir(parents=True, exist_ok=True)
-    resolved = recipe.sections | {"task": dataclasses.asdict(recipe.task) | {"name": recipe.task.name}}
-    metrics = base.curve(recipe.task, recipe.data, recipe.source, args, optimizer, "max_steps" in recipe.trainer, quiet)
-    metrics |= {"environment": environment()}
+    resolved = {"task": {"name": recipe.task.name} | dataclasses.asdict(recipe.task), "data": dataclasses.asdict(recipe.data), "model": {"from": recipe.source}, "trainer": values}
+    metrics = base.curve(recipe.task, recipe.data, recipe.source, values, quiet)
+    metrics |= {"environment": output.environment()}
     if int(os.environ.get("RANK", 0)) == 0:
-        _write(out / "recipe.yaml", config.dump(_plain(resolved)))
-        _write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+        output.write(out / "recipe.yaml", config.dump(output.plain(resolved)))
+        output.write_json(out / "metrics.json", metrics)
     return metrics
 
 
@@ -427,60 +312,7 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     model = models.prepare(models.build({"from": checkpoint}, vocab, objective, data.seq_length, 0))
     stream = Stream(token_set, objective, data.seq_length, seed=0, length=None, start=start)
     values = held_out(model, stream, Collator(objective, data.seq_length, family, vocab.pad), sections["trainer"].get("per_device_eval_batch_size", 64))
-    metrics = (_read(folder / "metrics.json") or {}) | {"held_out": result(values) | {"text": "held out" if own_text else data.text}}
+    metrics = (output.read_json(folder / "metrics.json") or {}) | {"held_out": result(values) | {"text": "held out" if own_text else data.text}}
     if folder.is_dir():
-        _write(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+        output.write_json(folder / "metrics.json", metrics)
     return metrics
-
-
-# --- files ---------------------------------------------------------------------------------------------------------
-
-
-def environment() -> dict[str, Any]:
-    """What was measured on what machine."""
-    import torch
-    import transformers
-
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else _processor()
-    return {
-        "lmssl": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
-    }
-
-
-def _processor() -> str:
-    try:
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        return f"{names[0]}, {len(names)} cores"
-    except (OSError, IndexError):
-        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def _plain(value: Any) -> Any:
-    """Nested mappings of JSON types: enums to their values, tuples to lists."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, int | float | bool | type(None)) else str(getattr(value, "value", value))
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not there: written beside, then renamed."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None

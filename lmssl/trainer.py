@@ -32,22 +32,6 @@ from lmssl.optimizers import MuonAdamW, muon_groups
 
 log = logging.getLogger("lmssl")
 
-OWNED = {
-    "ignore_data_skip": "a resumed run must skip what it consumed",
-    "train_sampling_strategy": "the stream decides the order",
-    "auto_find_batch_size": "the batch is part of the experiment",
-    "remove_unused_columns": "the stream has no unused columns",
-    "save_total_limit": "lmssl keeps the two newest verified checkpoints",
-    "logging_nan_inf_filter": "lmssl stops at a non-finite loss",
-    "label_smoothing_factor": "the loss is lmssl's own",
-    "resume_from_checkpoint": "use --resume, which verifies first",
-    "load_best_model_at_end": "the final model is the last one",
-    "push_to_hub": "publish the finished folder with `hf upload`",
-    "include_num_input_tokens_seen": "lmssl counts the tokens",
-    "group_by_length": "the stream decides the order",
-}
-"""TrainingArguments fields that lmssl sets itself, and why."""
-
 
 class Clock:
     """Training wall-clock: runs between start and stop, but not inside `paused`."""

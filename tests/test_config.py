@@ -6,10 +6,10 @@ from typing import Literal
 import pytest
 import yaml
 
-from lmssl import config
+from lmssl import arguments, config
 from lmssl.cli import run
 from lmssl.errors import UserError
-from lmssl.recipe import PretrainRecipe, pretrain_defaults, training_arguments
+from lmssl.recipe import PretrainRecipe
 
 
 @pytest.mark.parametrize(
@@ -154,16 +154,23 @@ def test_dump_round_trip():
     assert config.parse_yaml(config.dump(recipe), "x") == recipe
 
 
-def test_resolved_recipe_gives_the_same_arguments(tmp_path):
-    args, optimizer, section = training_arguments({"output_dir": str(tmp_path), "learning_rate": 1e-3}, pretrain_defaults())
-    section = yaml.safe_load(yaml.safe_dump(section))
-    again, optimizer_again, _ = training_arguments(section, pretrain_defaults())
-    assert (args.to_dict(), optimizer) == (again.to_dict(), optimizer_again)
+def test_resolved_section_gives_the_same_arguments(tmp_path):
+    section = {"output_dir": str(tmp_path), "learning_rate": 1e-3}
+    first = arguments.with_steps(arguments.resolve(section, arguments.pretrain_defaults()), 100)
+    again = arguments.with_steps(arguments.resolve(yaml.safe_load(yaml.safe_dump(first)), arguments.pretrain_defaults()), 100)
+    assert first == again
+    assert arguments.build(first).to_dict() == arguments.build(again).to_dict()
 
 
 def test_epochs_become_steps(tmp_path):
-    args, _, _ = training_arguments({"output_dir": str(tmp_path), "num_train_epochs": 2, "per_device_train_batch_size": 4}, pretrain_defaults(), epoch_items=10)
-    assert args.max_steps == 5
+    section = {"output_dir": str(tmp_path), "num_train_epochs": 2, "per_device_train_batch_size": 4, "warmup_steps": 3}
+    values = arguments.with_steps(arguments.resolve(section, arguments.pretrain_defaults()), 10)
+    assert (values["max_steps"], values["warmup_steps"], "num_train_epochs" in values) == (5, 3, False)
+
+
+def test_fine_tuning_owns_the_seed(tmp_path):
+    with pytest.raises(UserError, match=r"trainer.seed: not to be set: task.seeds"):
+        arguments.resolve({"output_dir": str(tmp_path), "seed": 1}, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
 
 
 def test_missing_sections_and_paths(tmp_path):

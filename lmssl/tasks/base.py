@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from lmssl import models, tokenization
+from lmssl import arguments, models, tokenization
 from lmssl.data import corpus
 from lmssl.data.stream import generator, mix, permuted
 from lmssl.data.tokens import below, content_hash
@@ -62,25 +62,7 @@ class Task(Protocol):
 
     def encode(self, tokenizer: Tokenizer, family: str, examples: Sequence[Example], classes: list[str], length: int) -> list[dict[str, Any]]: ...
 
-    def score(self, model: PreTrainedModel, items: list[dict[str, Any]], collator: Collator, batch: int, autocast: bool) -> dict[str, float]: ...
-
-
-def trainer_defaults() -> dict[str, Any]:
-    """What an unset trainer field is in fine-tuning."""
-    return {
-        "optimizer": "adamw",
-        "learning_rate": 5e-4,
-        "lr_scheduler_type": "linear",
-        "weight_decay": 0.01,
-        "max_grad_norm": 1.0,
-        "max_steps": 100,
-        "per_device_train_batch_size": 16,
-        "per_device_eval_batch_size": 64,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "seed": 0,
-    }
+    def score(self, model: PreTrainedModel, items: list[dict[str, Any]], collator: Collator, batch: int, compiled: bool = False) -> dict[str, float]: ...
 
 
 def steps_for(labels: int) -> int:
@@ -134,12 +116,18 @@ class Few(torch.utils.data.Dataset):
 
 @dataclass
 class Collator:
-    """Pads `input_ids` to the longest of a batch, rounded up to 8: int64 tensors, `labels` last."""
+    """Pads `input_ids` to the longest of a batch, rounded up to a multiple: int64 tensors, `labels` last.
+
+    Attributes:
+        pad: the padding id.
+        multiple: of the width; a coarse one keeps the number of shapes small, which a compiled model pays for.
+    """
 
     pad: int
+    multiple: int = 8
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        width = -(-max(len(item["input_ids"]) for item in items) // 8) * 8
+        width = -(-max(len(item["input_ids"]) for item in items) // self.multiple) * self.multiple
         ids = torch.full((len(items), width), self.pad)
         mask = torch.zeros(len(items), width, dtype=torch.int64)
         for b, item in enumerate(items):
@@ -149,8 +137,8 @@ class Collator:
 
 
 def by_length(items: list[dict[str, Any]], batch: int, score: Callable[[list[dict[str, Any]]], Sequence[Any]]) -> list[Any]:
-    """Apply `score` to batches of similar length; results in the order of the items."""
-    order = sorted(range(len(items)), key=lambda i: len(items[i]["input_ids"]))
+    """Apply `score` to batches of similar length, longest first; results in the order of the items."""
+    order = sorted(range(len(items)), key=lambda i: -len(items[i]["input_ids"]))
     results: list[Any] = [None] * len(items)
     for begin in range(0, len(order), batch):
         members = order[begin : begin + batch]
@@ -159,68 +147,100 @@ def by_length(items: list[dict[str, Any]], batch: int, score: Callable[[list[dic
     return results
 
 
-def curve(task: Task, data: Any, source: str, args: TrainingArguments, optimizer: str, fixed_steps: bool, quiet: bool = False) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Setting:
+    """What every run of one label curve shares.
+
+    Attributes:
+        source: the pretrained checkpoint.
+        family: of the backbone.
+        length: tokens of a text that the model reads.
+        values: the resolved trainer section, without the length of a run.
+        args: TrainingArguments of it.
+        classes: class names in the order of their numbers.
+    """
+
+    source: str
+    family: str
+    architecture: str
+    tokenizer: Tokenizer
+    length: int
+    values: dict[str, Any]
+    args: TrainingArguments
+    classes: list[str]
+    collator: Collator
+
+
+def curve(task: Task, data: Any, source: str, values: dict[str, Any], quiet: bool = False) -> dict[str, Any]:
     """The label curve of one checkpoint: every count, seed and init.
 
     Args:
         task: e.g. Sentiment.
         data: `train`, `test`, `max_length` of the recipe.
         source: the pretrained checkpoint.
-        args: of each run; `max_steps` counts only where `fixed_steps`, else `steps_for` the number of labels.
+        values: a resolved trainer section; where it has neither max_steps nor num_train_epochs, the number of steps
+            is `steps_for` the number of labels.
 
     Returns:
         {"task", "metric", "results": [{"labels", "init", "seed", "score", ...}], "summary": [...], ...}.
     """
-    backbone = models.read_config(source, "model.from")
-    family = models.family_of(backbone)
-    tokenizer = tokenization.load(source)
-    limit = models.max_length(backbone)
-    length = min(x for x in (data.max_length, limit or data.max_length or 256) if x is not None)
-    if data.max_length and limit and data.max_length > limit:
-        raise UserError(f"data.max_length: {data.max_length} tokens, but the backbone has {limit} positions")
-    examples = task.read(corpus.resolve(data.train, "data.train"))
-    if isinstance(data.test, int | float):
-        train, test = split_test(examples, data.test)
-    else:
-        train, test = examples, task.read(corpus.resolve(data.test, "data.test"))
-        known = {content_hash(e.text) for e in test}
-        train = [e for e in train if content_hash(e.text) not in known]
-    classes = sorted({e.label for e in train})
-    _check(task, train, test, classes)
-    test_items = task.encode(tokenizer, family, test, classes, length)
-    collator = Collator(backbone.pad_token_id if backbone.pad_token_id is not None else tokenizer.vocab().pad)
+    train, test = _read(task, data)
+    setting = _setting(data, source, values, sorted({e.label for e in train}))
+    _check(task, train, test, setting.classes)
+    test_items = task.encode(setting.tokenizer, setting.family, test, setting.classes, setting.length)
+    begun, runs = time.time(), [(seed, labels, init) for seed in range(task.seeds) for labels in task.labels for init in ("scratch", "pretrained")]
     results: list[dict[str, Any]] = []
-    begun, total = time.time(), len(task.labels) * task.seeds * 2
-    for seed in range(task.seeds):
-        order = nested(train, seed)
-        few = task.encode(tokenizer, family, [train[i] for i in order[: max(task.labels)]], classes, length)
-        for labels in task.labels:
-            steps = args.max_steps if fixed_steps else steps_for(labels)
-            for init in ("scratch", "pretrained"):
-                model = task.model(source if init == "pretrained" else None, source, classes, seed)
-                scores = _one(task, model, few[:labels], test_items, collator, args, optimizer, steps, seed)
-                results.append({"labels": labels, "init": init, "seed": seed, "steps": steps, "score": scores[task.metric], **scores})
-                if init == "pretrained" and seed == 0 and labels == max(task.labels) and args.process_index == 0:
-                    model.save_pretrained(Path(args.output_dir))
-                    tokenizer.save(args.output_dir)
-                if not quiet:
-                    left = (time.time() - begun) / len(results) * (total - len(results))
-                    log.info("%5d labels  seed %d  %-10s  %s %.4f  (%d of %d, %d s left)", labels, seed, init, task.metric, scores[task.metric], len(results), total, left)
+    few: list[dict[str, Any]] = []
+    for seed, labels, init in runs:
+        if labels == task.labels[0] and init == "scratch":
+            chosen = nested(train, seed)[: max(task.labels)]
+            few = task.encode(setting.tokenizer, setting.family, [train[i] for i in chosen], setting.classes, setting.length)
+        model = task.model(source if init == "pretrained" else None, source, setting.classes, seed)
+        steps, scores = _one(task, model, few[:labels], test_items, setting, seed)
+        results.append({"labels": labels, "init": init, "seed": seed, "steps": steps, "score": scores[task.metric], **scores})
+        if (seed, labels, init) == (0, max(task.labels), "pretrained") and setting.args.process_index == 0:
+            model.save_pretrained(Path(setting.args.output_dir))
+            setting.tokenizer.save(setting.args.output_dir)
+        if not quiet:
+            left = (time.time() - begun) / len(results) * (len(runs) - len(results))
+            log.info("%5d labels  seed %d  %-10s  %s %.4f  (%d of %d, %d s left)", labels, seed, init, task.metric, scores[task.metric], len(results), len(runs), left)
     return {
         "task": task.name,
         "metric": task.metric,
         "backbone": source,
-        "family": family,
-        "architecture": backbone.model_type,
-        "classes": classes,
+        "family": setting.family,
+        "architecture": setting.architecture,
+        "classes": setting.classes,
         "test_examples": len(test),
-        "majority": max(sum(e.label == c for e in test) for c in classes) / len(test),
-        "max_length": length,
-        "learning_rate": args.learning_rate,
+        "majority": max(sum(e.label == c for e in test) for c in setting.classes) / len(test),
+        "max_length": setting.length,
+        "learning_rate": setting.args.learning_rate,
         "seconds": round(time.time() - begun, 1),
         "results": results,
         "summary": summary(results),
     }
+
+
+def _read(task: Task, data: Any) -> tuple[list[Example], list[Example]]:
+    """(train, test), without a text that is in both."""
+    examples = task.read(corpus.resolve(data.train, "data.train"))
+    if isinstance(data.test, int | float):
+        return split_test(examples, data.test)
+    test = task.read(corpus.resolve(data.test, "data.test"))
+    known = {content_hash(e.text) for e in test}
+    return [e for e in examples if content_hash(e.text) not in known], test
+
+
+def _setting(data: Any, source: str, values: dict[str, Any], classes: list[str]) -> Setting:
+    backbone = models.read_config(source, "model.from")
+    tokenizer, args, limit = tokenization.load(source), arguments.build(values), models.max_length(backbone)
+    if data.max_length and limit and data.max_length > limit:
+        raise UserError(f"data.max_length: {data.max_length} tokens, but the backbone has {limit} positions")
+    pad = backbone.pad_token_id if backbone.pad_token_id is not None else tokenizer.vocab().pad
+    return Setting(
+        source, models.family_of(backbone), backbone.model_type, tokenizer, data.max_length or limit or 256,
+        values, args, classes, Collator(pad, 64 if args.torch_compile else 8),
+    )  # fmt: skip
 
 
 def _check(task: Task, train: list[Example], test: list[Example], classes: list[str]) -> None:
@@ -237,17 +257,19 @@ def _check(task: Task, train: list[Example], test: list[Example], classes: list[
             raise UserError(f"{example.where}: the class '{example.label}' is not in the training data ({', '.join(classes)})")
 
 
-def _one(
-    task: Task, model: PreTrainedModel, few: list[dict[str, Any]], test: list[dict[str, Any]], collator: Collator,
-    args: TrainingArguments, optimizer: str, steps: int, seed: int,
-) -> dict[str, float]:  # fmt: skip
-    """Fine-tune one model on the few examples and score it on the test set."""
-    args = copy.copy(args)
-    args.max_steps, args.seed, args.warmup_steps = steps, seed, max(1, steps // 10)
-    items = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    trainer = ExactTrainer(model, args, Few(few, mix(seed, 1) >> 1, items), collator, optimizer, quiet=True)
+def _one(task: Task, model: PreTrainedModel, few: list[dict[str, Any]], test: list[dict[str, Any]], setting: Setting, seed: int) -> tuple[int, dict[str, float]]:
+    """Fine-tune one model on the few examples and score it on the test set: (optimizer steps, scores)."""
+    values = setting.values if {"max_steps", "num_train_epochs"} & set(setting.values) else setting.values | {"max_steps": steps_for(len(few))}
+    values = arguments.with_steps(values, len(few))
+    args = copy.copy(setting.args)
+    for name in ("max_steps", "logging_steps", "save_steps", "warmup_steps"):
+        setattr(args, name, values[name])
+    args.seed = seed
+    items = args.max_steps * arguments.global_batch(values)
+    trainer = ExactTrainer(model, args, Few(few, mix(seed, 1) >> 1, items), setting.collator, values["optimizer"], quiet=True)
     trainer.run()
-    return task.score(model, test, collator, args.per_device_eval_batch_size, bool(args.bf16))
+    with trainer.compute_loss_context_manager():
+        return args.max_steps, task.score(model, test, setting.collator, args.per_device_eval_batch_size, compiled=args.torch_compile)
 
 
 def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ Pooling is what the architecture's own head does, the same for both inits:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -98,19 +98,24 @@ class Sentiment:
         return items
 
     @torch.no_grad()
-    def score(self, model: PreTrainedModel, items: list[dict[str, Any]], collator: Collator, batch: int, autocast: bool) -> dict[str, float]:
+    def score(self, model: PreTrainedModel, items: list[dict[str, Any]], collator: Collator, batch: int, compiled: bool = False) -> dict[str, float]:
         """Accuracy and macro-averaged F1."""
-        model.eval()
-        device = model.device
-
-        def predict(members: list[dict[str, Any]]) -> list[int]:
-            tensors = {k: v.to(device) for k, v in collator(members).items() if k != "labels"}
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                return model(**tensors).logits.argmax(-1).tolist()
-
-        guesses = np.array(by_length(items, batch, predict))
+        forward = classify(model, batch, compiled)
+        guesses = np.array(by_length(items, batch, lambda members: forward(collator(members)).argmax(-1).tolist()))
         truth = np.array([item["label"] for item in items])
         return {"accuracy": float((guesses == truth).mean()), "macro_f1": macro_f1(truth, guesses)}
+
+
+def classify(model: PreTrainedModel, batch: int, compiled: bool) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+    """Collated tensors -> logits; full batches through the compiled model, so that a ragged one costs no compilation."""
+    model.eval()
+    fast = torch.compile(model, dynamic=False) if compiled else model
+
+    def forward(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs = {k: v.to(model.device) for k, v in tensors.items() if k != "labels"}
+        return (fast if len(inputs["input_ids"]) == batch else model)(**inputs).logits.float()
+
+    return forward
 
 
 def macro_f1(truth: np.ndarray, guesses: np.ndarray) -> float:

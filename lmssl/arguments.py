@@ -1,0 +1,176 @@
+"""The trainer section of a recipe: `TrainingArguments` fields, typed, checked and completed with lmssl's own defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lmssl import config
+from lmssl.errors import UserError
+
+if typing.TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+OWNED = {
+    "ignore_data_skip": "a resumed run must skip what it consumed",
+    "train_sampling_strategy": "the stream decides the order",
+    "auto_find_batch_size": "the batch is part of the experiment",
+    "remove_unused_columns": "the stream has no unused columns",
+    "save_total_limit": "lmssl keeps the two newest verified checkpoints",
+    "logging_nan_inf_filter": "lmssl stops at a non-finite loss",
+    "label_smoothing_factor": "the loss is lmssl's own",
+    "resume_from_checkpoint": "use --resume, which verifies first",
+    "load_best_model_at_end": "the final model is the last one",
+    "push_to_hub": "publish the finished folder with `hf upload`",
+    "include_num_input_tokens_seen": "lmssl counts the tokens",
+    "group_by_length": "the stream decides the order",
+}
+"""Fields that lmssl sets itself, and why."""
+
+OWNED_BY_TASKS = OWNED | {
+    "seed": "task.seeds counts the seeds: 0, 1, ...",
+    "eval_strategy": "each run is scored once, when it ends",
+    "eval_steps": "each run is scored once, when it ends",
+}
+"""The same for fine-tuning."""
+
+POSITIVE = (
+    "learning_rate",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+)
+NOT_NEGATIVE = ("weight_decay", "warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers", "adam_epsilon")
+BELOW_ONE = ("adam_beta1", "adam_beta2")
+
+
+def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapping[str, str] = OWNED) -> dict[str, Any]:
+    """The section with every value of its declared type and every default filled in.
+
+    Args:
+        section: `TrainingArguments` fields and `optimizer`.
+        defaults: lmssl's own values for what is unset.
+        owned: fields that are not to be set, and why.
+
+    Raises:
+        UserError: unknown keys, wrong types, senseless values, owned fields, no output_dir.
+    """
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    fields = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    for name in section:
+        if name in owned:
+            raise UserError(f"trainer.{name}: not to be set: {owned[name]}")
+    if isinstance(accelerator := section.get("accelerator_config"), dict) and {"split_batches", "dispatch_batches"} & set(accelerator):
+        raise UserError("trainer.accelerator_config: split_batches and dispatch_batches are not to be set: item i of the stream belongs to one place in the batch")
+    config.check_keys(section, [*(fields - set(owned)), "optimizer"], "trainer")
+    values = {k: config.convert(v, Literal["adamw", "muon"] if k == "optimizer" else hints[k], f"trainer.{k}") for k, v in section.items()}
+    if "output_dir" not in values:
+        raise UserError("trainer.output_dir: missing; name the folder of the run")
+    _check_ranges(values)
+    if "num_train_epochs" in values:
+        if "max_steps" in values:
+            raise UserError("trainer.num_train_epochs: max_steps is set as well; keep one of them")
+        defaults = {k: v for k, v in defaults.items() if k != "max_steps"}
+    return {**defaults, **values}
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if not math.isfinite(value):
+            raise UserError(f"trainer.{name}: {value} is not a finite number")
+        if (name in POSITIVE and value <= 0) or (name in NOT_NEGATIVE and value < 0) or (name in BELOW_ONE and not 0 <= value < 1):
+            bound = "above 0" if name in POSITIVE else "at least 0" if name in NOT_NEGATIVE else "at least 0 and below 1"
+            raise UserError(f"trainer.{name}: {value} must be {bound}")
+
+
+def global_batch(values: Mapping[str, Any]) -> int:
+    """Items of one optimizer step over all ranks."""
+    return int(os.environ.get("WORLD_SIZE", 1)) * values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
+
+
+def with_steps(values: Mapping[str, Any], items: int) -> dict[str, Any]:
+    """A resolved section whose run has a length: `max_steps` and what follows from it, unless set.
+
+    Args:
+        values: of `resolve`.
+        items: rows or examples of one epoch, which `num_train_epochs` counts in.
+    """
+    done = dict(values)
+    epochs = done.pop("num_train_epochs", None)
+    if epochs is not None:
+        done["max_steps"] = max(1, math.ceil(epochs * items / global_batch(values)))
+    steps = done["max_steps"]
+    return {"logging_steps": max(1, steps // 100), "save_steps": max(1, steps // 4), "warmup_steps": min(100, steps // 10), **done}
+
+
+def build(values: Mapping[str, Any]) -> TrainingArguments:
+    """TrainingArguments of a resolved section."""
+    from transformers import TrainingArguments
+
+    try:
+        args = TrainingArguments(**{k: v for k, v in values.items() if k != "optimizer"})
+    except (ValueError, TypeError, ImportError, KeyError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())[:300]}") from error
+    if not args.use_cpu and args.world_size > 1 and args.device.type == "cpu":
+        args.use_cpu = True
+    return args
+
+
+def hardware_defaults() -> dict[str, Any]:
+    """bf16 where the hardware has it natively; the CPU where there is no accelerator."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"bf16": torch.cuda.is_bf16_supported(including_emulation=False), "use_cpu": False}
+    if torch.backends.mps.is_available():
+        return {"bf16": False, "use_cpu": False}
+    native = any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return {"bf16": native, "use_cpu": True}
+
+
+def pretrain_defaults() -> dict[str, Any]:
+    """What an unset trainer field is in pretraining; never the Trainer's own 5e-5."""
+    return {
+        "optimizer": "muon",
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "max_steps": 10_000,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 64,
+        "seed": 0,
+        "report_to": "none",
+        **hardware_defaults(),
+    }
+
+
+def finetune_defaults() -> dict[str, Any]:
+    """What an unset trainer field is in fine-tuning; the number of steps follows from the number of labels."""
+    return {
+        "optimizer": "adamw",
+        "learning_rate": 5e-4,
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 64,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        **hardware_defaults(),
+    }

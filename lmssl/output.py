@@ -1,0 +1,68 @@
+"""What a run leaves in its folder: whole files, plain values, and the machine it ran on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from lmssl.errors import UserError
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not there: written beside, then renamed."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write` of indented JSON."""
+    write(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file, None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def plain(value: Any) -> Any:
+    """Nested mappings of JSON types: enums to their values, tuples to lists."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value if isinstance(value, int | float | bool | type(None)) else str(getattr(value, "value", value))
+
+
+def environment() -> dict[str, Any]:
+    """What was measured on what machine."""
+    import torch
+    import transformers
+
+    from lmssl import __version__
+
+    return {
+        "lmssl": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else _processor(),
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+    }
+
+
+def _processor() -> str:
+    try:
+        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        return f"{names[0]}, {len(names)} cores"
+    except (OSError, IndexError):
+        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
