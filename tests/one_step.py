@@ -24,12 +24,12 @@ def save_backbones(shared: Path) -> None:
         small_model(architecture, token_set(shared).vocab()).save_pretrained(shared / family)
 
 
-def sentiment_step(family: str, tokens, micro: int, folder: Path) -> tuple[float, torch.Tensor]:
+def sentiment_step(family: str, tokens, micro: int, folder: Path, accumulate: int = 1) -> tuple[float, torch.Tensor]:
     task, tokenizer = Sentiment(), tokenization.load(tokens.folder / "tokenizer")
     examples = [Example(text, str(n % 2), "") for n, text in enumerate(sentences(16))]
     items = task.encode(tokenizer, family, examples, ["0", "1"], 32)
     model = task.model(str(folder), str(folder), ["0", "1"], 0)
-    args = arguments(folder / "out", max_steps=1, per_device_train_batch_size=micro, max_grad_norm=0.0)
+    args = arguments(folder / "out", max_steps=1, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate, max_grad_norm=0.0)
     return first_step(ExactTrainer(model, args, Few(items, mix(0), 8), Collator(tokens.vocab().pad), quiet=True))
 
 

@@ -16,7 +16,7 @@ from lmssl.data.stream import Collator, Stream
 from lmssl.objectives.base import token_loss
 from lmssl.objectives.cross_entropy import CHUNK, summed_cross_entropy
 from tests.helpers import OBJECTIVE, SMALL, apart, arguments, first_step, small_model, token_set
-from tests.one_step import save_backbones
+from tests.one_step import SENTIMENT, save_backbones, sentiment_step
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 32
@@ -68,6 +68,17 @@ def test_split_of_the_batch_changes_nothing(architecture, shared_dir, tmp_path):
         model = small_model(architecture, tokens.vocab(), LENGTH)
         args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate, max_grad_norm=0.0)
         results.append(first_step(lmssl.PretrainTrainer(model, OBJECTIVE[architecture], tokens, args, LENGTH, quiet=True)))
+    assert_same_step(results)
+
+
+@pytest.mark.parametrize("family", SENTIMENT)
+def test_split_of_a_fine_tuning_batch_changes_nothing(family, shared_dir):
+    """The same for the classifier of each family."""
+    save_backbones(shared_dir)
+    assert_same_step([sentiment_step(family, token_set(shared_dir), micro, shared_dir / family, accumulate) for micro, accumulate in [(8, 1), (4, 2), (1, 8)]])
+
+
+def assert_same_step(results):
     for loss, grad in results[1:]:
         assert abs(loss - results[0][0]) / results[0][0] < 1e-6
         assert apart(grad, results[0][1]) < 1e-6
