@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         if recipe:
             sub.add_argument("recipe", metavar=recipe)
-            sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+            sub.add_argument("overrides", nargs="*", metavar="FILE or task.key=value" if name == "predict" else "section.key=value")
         return sub
 
     sub = verb("tokenizer", _tokenizer, "Train a tokenizer on text, or complete one that lacks mask or sentinels (--from).")
@@ -51,7 +51,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--accept", action="append", default=[], metavar="KEY", help="resume although KEY (seed, batch, data, ...) changed")
     sub = verb("finetune", _finetune, "Fine-tune on few labels, beside the same model from scratch.", "RECIPE")
     sub.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
-    verb("evaluate", _evaluate, "Held-out loss and bits per byte of a checkpoint (on other text: data.text=PATH).", "CHECKPOINT")
+    sub = verb("predict", _predict, "Predictions of a fine-tuned checkpoint, a JSON object a line.", "CHECKPOINT")
+    sub.add_argument("--task", help="sentiment, translation or qa; read from the checkpoint's recipe.yaml where there is one")
+    sub.add_argument("--out", help="file to write instead of standard output")
+    sub.add_argument("--batch", type=int, default=32, help="inputs at a time, default 32")
+    sub = verb("evaluate", _evaluate, "Held-out loss and bits per byte of a checkpoint (on other text: data.text=PATH).", "CHECKPOINT")
+    sub.add_argument("--pairs", metavar="FILE", help="minimal pairs instead (BLiMP format: sentence_good, sentence_bad, UID)")
     sub = verb("report", _report, "Write report.html for one run or a set of runs.")
     sub.add_argument("folders", nargs="+", metavar="FOLDER")
     sub.add_argument("--png", action="store_true", help="the plots as PNG files too")
@@ -68,7 +73,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     options, rest = parser().parse_known_args(argv)
     for item in rest:
         # Overrides may also stand behind options, where argparse does not expect them.
-        if item.startswith("-") or "=" not in item or not hasattr(options, "overrides"):
+        if item.startswith("-") or not hasattr(options, "overrides") or ("=" not in item and options.verb != "predict"):
             parser().error(f"unrecognized argument: {item}")
         options.overrides.append(item)
     _quiet_libraries()
@@ -129,18 +134,19 @@ def _tokenizer(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from lmssl.data import tokens
     from lmssl.objectives import make
-    from lmssl.recipe import PretrainRecipe
+    from lmssl.recipe import PretrainRecipe, prepared
 
     recipe = PretrainRecipe.load(options.recipe, options.overrides)
     tokenizer, objective = recipe.tokenizer(), make(recipe.objective)
     tokenizer.check(objective, recipe.objective["name"])
-    prepared = tokens.prepare(recipe.data.text, tokenizer, recipe.data.held_out)
+    found = prepared(recipe.data, tokenizer)
     for split in ("train", "held_out"):
-        counts = prepared.manifest[split]
+        counts = found.manifest[split]
         print(f"{split:9} {counts['documents']:>10,} documents  {counts['tokens']:>13,} tokens  {counts['bytes']:>14,} bytes")
-    print(f"{prepared.manifest['duplicates']:,} exact duplicates dropped; in {prepared.folder}")
+    if "decontaminated" in found.manifest:
+        print(f"{found.manifest['decontaminated']:,} documents dropped that share 13 words in a row with a test text")
+    print(f"{found.manifest['duplicates']:,} exact duplicates dropped; in {found.folder}")
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -172,10 +178,31 @@ def _finetune(options: argparse.Namespace) -> None:
     print(report.label_table(recipe.finetune(loaded, overwrite=options.overwrite)))
 
 
+def _predict(options: argparse.Namespace) -> None:
+    import json
+    from contextlib import nullcontext
+    from itertools import chain
+
+    from lmssl.predict import predict
+
+    _silence_transformers()
+    files = [item for item in options.overrides if not item.startswith("task.")]
+    rows = predict(options.recipe, files, task_name=options.task, overrides=[item for item in options.overrides if item.startswith("task.")], batch=options.batch, quiet=not files)
+    first = next(rows, None)  # refusals come before the file is opened
+    with Path(options.out).open("w", encoding="utf-8") if options.out else nullcontext(sys.stdout) as target:
+        for row in () if first is None else chain([first], rows):
+            print(json.dumps(row, ensure_ascii=False), file=target)
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     from lmssl import recipe
 
     _silence_transformers()
+    if options.pairs:
+        found = recipe.minimal_pairs(options.recipe, options.pairs)
+        right, mean = 100 * found["accuracy"], 100 * found["mean_by_phenomenon"]
+        print(f"{right:.2f}% of {found['pairs']:,} minimal pairs right ({found['ties']} ties counted as half); mean of the phenomena {mean:.2f}%")
+        return
     held = recipe.evaluate(options.recipe, options.overrides)["held_out"]
     print(f"held-out loss {held['loss']:.6f}, {held['bits_per_byte']:.6f} bits per byte")
 

@@ -44,6 +44,8 @@ class DataSection:
     """Tokens the model reads at once."""
     held_out: float | str = 0.01
     """Fraction of the documents held out by content hash, or files of their own."""
+    decontaminate: bool | str | list[str] = False
+    """Test files: training documents that share 13 words in a row with them are dropped; true: with the held-out documents."""
 
     def __post_init__(self) -> None:
         if self.seq_length < 8:
@@ -129,6 +131,11 @@ class FinetuneRecipe:
 # --- pretrain ------------------------------------------------------------------------------------------------------
 
 
+def prepared(data: DataSection, tokenizer: Tokenizer, quiet: bool = False) -> TokenSet:
+    """The token set of a `data` section, made or found."""
+    return tokens.prepare(data.text, tokenizer, data.held_out, data.decontaminate, quiet=quiet)
+
+
 def check(recipe: PretrainRecipe) -> tuple[Objective, Tokenizer]:
     """Everything that can be refused before any text is read: objective, family, configuration, tokenizer."""
     from lmssl import models
@@ -162,7 +169,7 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     if finished:
         log.info("%s is finished at step %d; nothing to do", out, finished["steps"])
         return finished
-    token_set = tokens.prepare(recipe.data.text, tokenizer, recipe.data.held_out, quiet=quiet)
+    token_set = prepared(recipe.data, tokenizer, quiet=quiet)
     rows = token_set.rows(objective.row_length(recipe.data.seq_length))
     values = arguments.with_steps(values, rows)
     args = arguments.build(values)
@@ -229,11 +236,11 @@ def _log_data(token_set: TokenSet, rows: int, trainer: Any, quiet: bool) -> None
 
 def _finish(out: Path, model: Any, tokenizer: Tokenizer, metrics: dict[str, Any], resolved: dict[str, Any]) -> None:
     """The final model, its tokenizer, metrics.json (last) and the model card in the output folder."""
-    from lmssl import report
+    from lmssl import cards
 
     model.save_pretrained(out)
     tokenizer.save(out)
-    output.write(out / "README.md", report.model_card(metrics, output.plain(resolved)))
+    output.write(out / "README.md", cards.model_card(metrics, output.plain(resolved)))
     output.write_json(out / "metrics.json", metrics)
 
 
@@ -257,7 +264,7 @@ def preview(recipe: PretrainRecipe, rows: int) -> tuple[Stream, Tokenizer]:
     """The first rows of the run that a recipe would start, without a model."""
     objective, tokenizer = make(recipe.objective), recipe.tokenizer()
     tokenizer.check(objective, recipe.objective["name"])
-    token_set = tokens.prepare(recipe.data.text, tokenizer, recipe.data.held_out)
+    token_set = prepared(recipe.data, tokenizer)
     return Stream(token_set, objective, recipe.data.seq_length, int(recipe.trainer.get("seed", 0)), rows), tokenizer
 
 
@@ -266,20 +273,51 @@ def preview(recipe: PretrainRecipe, rows: int) -> tuple[Stream, Tokenizer]:
 
 def finetune(recipe: FinetuneRecipe, *, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Fine-tune on few labels, pretrained and from scratch, several seeds; returns what metrics.json says."""
-    from lmssl.tasks import base
+    from lmssl import cards, report
+    from lmssl.tasks import curve
+    from lmssl.tasks.base import Backbone
 
     values = arguments.resolve(recipe.trainer, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
     out = Path(values["output_dir"])
     if (out / "metrics.json").exists() and not overwrite:
         raise UserError(f"trainer.output_dir: {out} holds a run (metrics.json); --overwrite begins anew")
+    backbone = Backbone.load(recipe.source, recipe.data.max_length)  # refuses before any text is read
+    train, test = curve.labelled(recipe.task, recipe.data.train, recipe.data.test)
+    task = recipe.task.fitted([*train, *test])
+    backbone = dataclasses.replace(backbone, classes=tuple(curve.check(task, train, test)))
+    first = int(os.environ.get("RANK", 0)) == 0
     out.mkdir(parents=True, exist_ok=True)
-    resolved = {"task": {"name": recipe.task.name} | dataclasses.asdict(recipe.task), "data": dataclasses.asdict(recipe.data), "model": {"from": recipe.source}, "trainer": values}
-    metrics = base.curve(recipe.task, recipe.data, recipe.source, values, quiet)
-    metrics |= {"environment": output.environment()}
-    if int(os.environ.get("RANK", 0)) == 0:
+    resolved = {"task": {"name": task.name} | dataclasses.asdict(task), "data": dataclasses.asdict(recipe.data), "model": {"from": recipe.source}, "trainer": values}
+    leaks = leak_check(recipe.source, test)
+    if not quiet and first:
+        log.info("%d examples to train on, %d to test; leak check: %s", len(train), len(test), report.leaks_in_words(leaks))
+    metrics = curve.Curve(task, backbone, train, test, values, quiet).run() | {"leaks": leaks, "environment": output.environment()}
+    if first:
         output.write(out / "recipe.yaml", config.dump(output.plain(resolved)))
+        output.write(out / "README.md", cards.task_card(metrics, output.plain(resolved)))
         output.write_json(out / "metrics.json", metrics)
     return metrics
+
+
+def leak_check(source: str, test: list[Any]) -> dict[str, Any]:
+    """How many test examples share 13 words in a row with what the backbone was pretrained on.
+
+    Returns:
+        {"checked": True, "test_examples", "leaked", "examples": where the first few stand}; or {"checked": False, "reason"}.
+    """
+    from lmssl.data.contamination import leaked
+
+    path = Path(source) / "recipe.yaml"
+    if not path.is_file():
+        return {"checked": False, "reason": "the backbone has no recipe.yaml, so its text is not known"}
+    data = config.build(DataSection, config.load(path, (), PRETRAIN)["data"], "data")
+    try:
+        documents = prepared(data, tokenization.load(source), quiet=True).texts()
+    except UserError as error:
+        return {"checked": False, "reason": f"the pretraining text is not at hand: {error}"}
+    owners = [k for k, example in enumerate(test) for _ in example.texts()]
+    found = sorted({owners[i] for i in leaked((text for example in test for text in example.texts()), documents)})
+    return {"checked": True, "test_examples": len(test), "leaked": len(found), "examples": [test[k].where for k in found[:20]]}
 
 
 # --- evaluate ------------------------------------------------------------------------------------------------------
@@ -306,7 +344,7 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     objective = make(sections["objective"]).held_out()
     models.check_family(checkpoint_config, objective, sections["objective"]["name"])
     tokenizer = tokenization.load(checkpoint)
-    token_set = tokens.prepare(data.text, tokenizer, data.held_out).held_out() if own_text else tokens.prepare(data.text, tokenizer, 0.0)
+    token_set = prepared(data, tokenizer).held_out() if own_text else tokens.prepare(data.text, tokenizer, 0.0)
     start = getattr(checkpoint_config, "decoder_start_token_id", None)
     vocab = token_set.vocab(start)
     model = models.prepare(models.build({"from": checkpoint}, vocab, objective, data.seq_length, 0))
@@ -316,3 +354,36 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     if folder.is_dir():
         output.write_json(folder / "metrics.json", metrics)
     return metrics
+
+
+def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
+    """Which sentence of each minimal pair a checkpoint prefers; written into its metrics.json as `minimal_pairs`.
+
+    Args:
+        path: records with `sentence_good`, `sentence_bad` and, where there are several phenomena, `UID`.
+    """
+    from tqdm import tqdm
+
+    from lmssl import likelihood, models
+    from lmssl.data import corpus
+
+    folder = Path(checkpoint)
+    checkpoint_config = models.read_config(checkpoint, "CHECKPOINT")
+    family, tokenizer = models.family_of(checkpoint_config), tokenization.load(checkpoint)
+    records = [record for source in corpus.resolve(path, "--pairs") for record in corpus.records(source)]
+    pairs = [(corpus.field_of(r, "sentence_good", where), corpus.field_of(r, "sentence_bad", where), str(r.get("UID", "all"))) for r, where in records]
+    if not pairs:
+        raise UserError(f"--pairs: {path} holds no pair")
+    model = models.AUTO[family].from_pretrained(checkpoint, use_safetensors=True, trust_remote_code=False).float()
+    vocab = tokenizer.vocab(getattr(checkpoint_config, "decoder_start_token_id", None))
+    begin = 1 if "bos" in tokenizer.roles else 0
+    ids = [row[begin:-1] for row in tokenizer.encode([text for good, bad, _ in pairs for text in (good, bad)])]
+    saved = config.load(folder / "recipe.yaml", (), PRETRAIN) if (folder / "recipe.yaml").is_file() else {}
+    by = "mask" if saved.get("objective", {}).get("name") == "infilling" or checkpoint_config.model_type in ("bart", "mbart") else "sentinel"
+    total = len(ids) if family == "decoder" else sum(map(len, ids))
+    with tqdm(total=total, unit="row", disable=None, leave=False) as bar:
+        values = likelihood.log_likelihoods(model, family, ids, vocab, by, bar.update)
+    found = likelihood.preferred(values[::2], values[1::2], [kind for _, _, kind in pairs])
+    if folder.is_dir():
+        output.write_json(folder / "metrics.json", (output.read_json(folder / "metrics.json") or {}) | {"minimal_pairs": found})
+    return found

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lmssl import statistics
 from lmssl.errors import UserError
 
-COLOURS = {"pretrained": "#1f77b4", "scratch": "#d62728", "held out": "#2ca02c", "training": "#7f7f7f"}
+COLOURS = {"pretrained": "#1f77b4", "scratch": "#d62728", "held out": "#2ca02c", "training": "#7f7f7f", "tf-idf": "#9467bd"}
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
@@ -105,15 +106,19 @@ def _finetuned(folder: Path, metrics: dict[str, Any], figure: Callable[..., str]
     seeds = len({r["seed"] for r in metrics["results"]})
     facts = [
         ("backbone", f"{metrics.get('backbone')} ({metrics.get('architecture')}, {metrics.get('family')})"),
-        ("test set", f"{metrics.get('test_examples', 0):,} examples; the largest class alone gives {metrics.get('majority', 0):.1%}"),
-        ("runs", f"{len(metrics['results'])}: {seeds} seeds, both inits, the same subsets, steps and learning rate ({metrics.get('learning_rate')})"),
+        ("test set", f"{metrics.get('test_examples', 0):,} examples" + (f"; the largest class alone gives {metrics['majority']:.1%}" if metrics.get("classes") else "")),
+        ("leak check", leaks_in_words(metrics.get("leaks"))),
+        ("runs", f"{len(metrics['results'])}: {seeds} seeds, both inits, the same subsets and steps"),
+        ("learning rate", _rates(metrics)),
+        *[(name.replace("_", " "), f"{count:,}") for name, count in metrics.get("notes", {}).items()],
         ("time", f"{metrics.get('seconds', 0) / 60:.1f} minutes"),
         *_machine(metrics),
     ]
-    rows = "".join(f"<tr><td>{r['labels']:,}</td><td>{_percent(r['scratch'])}</td><td>{_percent(r['pretrained'])}</td><td>{_gain(r['gain'])}</td></tr>" for r in metrics["summary"])
+    header, *rows = label_rows(metrics)
+    cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     table = (
-        f"<table><caption>{html.escape(metrics['metric'])}, mean ± standard deviation over {seeds} seeds; gain paired by seed with its 95% interval</caption>"
-        f"<tr><th>labels</th><th>scratch</th><th>pretrained</th><th>gain</th></tr>{rows}</table>"
+        f"<table><caption>{html.escape(metrics['metric'])} in percent, mean ± standard deviation over {seeds} seeds; gain paired by seed with its 95% interval; "
+        f"equivalent: labels from scratch that reach the same</caption><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in header)}</tr>{cells}</table>"
     )
     plot = figure("labels", lambda ax: _draw_labels(ax, metrics), "Each point is one seed; the line joins the means, the band is one standard deviation.")
     return f"<h2>{html.escape(metrics['task'].capitalize())} on few labels: {html.escape(str(folder))}</h2>{table}{plot}{_facts(facts)}"
@@ -144,11 +149,41 @@ def mean_gain(metrics: dict[str, Any]) -> tuple[float, float | None]:
     return mean, math.sqrt(sum((m - mean) ** 2 for m in means) / (len(means) - 1) / len(means))
 
 
+def label_rows(metrics: dict[str, Any]) -> list[list[str]]:
+    """The label curve as text, header first: labels, scratch, pretrained, gain; and baselines and equivalence where there are any."""
+    baselines = {name: {n: [r["score"] for r in rows if r["labels"] == n] for n in {r["labels"] for r in rows}} for name, rows in metrics.get("baselines", {}).items()}
+    equivalents = {entry["labels"]: entry for entry in metrics.get("equivalence", [])}
+    table = [["labels", "scratch", "pretrained", "gain", *baselines, *(["equivalent"] if equivalents else [])]]
+    for row in metrics["summary"]:
+        n = row["labels"]
+        others = [_percent(statistics.spread(scores[n])) for scores in baselines.values()]
+        table.append(
+            [f"{n:,}", _percent(row["scratch"]), _percent(row["pretrained"]), _gain(row["gain"]), *others, *([statistics.in_words(equivalents[n])] if equivalents else [])]
+        )
+    return table
+
+
 def label_table(metrics: dict[str, Any]) -> str:
-    """`labels | scratch | pretrained | gain`, for a terminal and Markdown alike."""
-    lines = ["| labels | scratch | pretrained | gain |", "|---:|---:|---:|---:|"]
-    lines += [f"| {r['labels']:,} | {_percent(r['scratch'])} | {_percent(r['pretrained'])} | {_gain(r['gain'])} |" for r in metrics["summary"]]
-    return "\n".join([*lines, "", verdict(metrics)])
+    """`labels | scratch | pretrained | gain`, for a terminal and Markdown alike, and the verdict."""
+    header, *rows = ["| " + " | ".join(row) + " |" for row in label_rows(metrics)]
+    return "\n".join([header, "|" + "---:|" * len(label_rows(metrics)[0]), *rows, "", verdict(metrics)])
+
+
+def leaks_in_words(leaks: dict[str, Any] | None) -> str:
+    """The leak check of a result as a sentence."""
+    if not leaks or not leaks["checked"]:
+        return f"not made: {leaks['reason'] if leaks else 'an older run'}"
+    return f"{leaks['leaked']:,} of {leaks['test_examples']:,} test examples share 13 words in a row with the pretraining text"
+
+
+def _rates(metrics: dict[str, Any]) -> str:
+    tuning = metrics.get("tuning")
+    if not tuning:
+        return f"{metrics.get('learning_rate'):g}, not tuned"
+    grid = sorted({t["learning_rate"] for t in tuning})
+    chosen = {(r["init"], r["labels"]): r["learning_rate"] for r in metrics["results"]}
+    picks = "; ".join(f"{init} " + ", ".join(f"{rate:g} ({n:,})" for (i, n), rate in sorted(chosen.items()) if i == init) for init in ("scratch", "pretrained"))
+    return f"of {', '.join(f'{r:g}' for r in grid)} by validation loss on the few labels of seed 0: {picks}"
 
 
 def _percent(value: dict[str, Any]) -> str:
@@ -211,56 +246,20 @@ def _draw_speed(ax: Any, curve: list[dict[str, float]]) -> None:
 
 
 def _draw_labels(ax: Any, metrics: dict[str, Any]) -> None:
-    for init in ("scratch", "pretrained"):
-        colour = COLOURS[init]
-        x = [row["labels"] for row in metrics["summary"]]
-        mean = [100 * row[init]["mean"] for row in metrics["summary"]]
-        std = [100 * (row[init]["std"] or 0.0) for row in metrics["summary"]]
-        ax.plot(x, mean, "-", color=colour, label=init)
+    curves = {init: [(r["labels"], r["score"]) for r in metrics["results"] if r["init"] == init] for init in ("scratch", "pretrained")}
+    curves |= {name: [(r["labels"], r["score"]) for r in rows] for name, rows in metrics.get("baselines", {}).items()}
+    for name, points in curves.items():
+        colour, x = COLOURS[name], sorted({n for n, _ in points})
+        spreads = [statistics.spread([100 * score for n, score in points if n == count]) for count in x]
+        mean, std = [s["mean"] or 0.0 for s in spreads], [s["std"] or 0.0 for s in spreads]
+        ax.plot(x, mean, "-" if name in ("scratch", "pretrained") else "--", color=colour, label=name)
         ax.fill_between(x, [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)], color=colour, alpha=0.15, linewidth=0)
-        points = [(r["labels"], 100 * r["score"]) for r in metrics["results"] if r["init"] == init]
-        ax.plot(*zip(*points, strict=True), ".", color=colour, alpha=0.6)
-    ax.axhline(100 * metrics.get("majority", 0.5), color="#999", linestyle=":", label="largest class")
+        ax.plot([n for n, _ in points], [100 * score for _, score in points], ".", color=colour, alpha=0.6)
+    if metrics.get("classes"):
+        ax.axhline(100 * metrics["majority"], color="#999", linestyle=":", label="largest class")
+    ticks = sorted({n for points in curves.values() for n, _ in points})
     ax.set_xscale("log")
-    ax.set_xticks(x, [f"{v:,}" for v in x])
+    ax.set_xticks(ticks, [f"{v:,}" for v in ticks])
     ax.minorticks_off()
     ax.set(xlabel="labelled examples", ylabel=f"{metrics['metric']} (%)")
     ax.legend(frameon=False)
-
-
-def model_card(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
-    """The README.md of a checkpoint: how it was made and what was measured."""
-    import yaml
-
-    from lmssl.models import AUTO
-
-    held, auto = metrics["held_out"], AUTO[metrics["family"]].__name__
-    folder = recipe["trainer"]["output_dir"]
-    return f"""---
-library_name: transformers
-tags: [lmssl, {metrics["objective"]}]
----
-# {Path(folder).name}
-
-A {metrics["architecture"]} {metrics["family"]} of {metrics["parameters"]:,} parameters, pretrained with lmssl by `{metrics["objective"]}`.
-
-| measured | |
-|---|---|
-| held-out loss | {held["loss"]:.4f} nats a labelled token |
-| bits per byte | {held["bits_per_byte"]:.4f} |
-| tokens | {metrics["tokens"]:,} in {metrics["steps"]:,} steps |
-| training time | {metrics["seconds"]:.0f} s, {metrics["tokens_per_second"]:,.0f} tokens/s |
-| seed | {metrics["seed"]} |
-
-```python
-from transformers import {auto}, AutoTokenizer
-model = {auto}.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-```
-
-The recipe that made it (`recipe.yaml`):
-
-```yaml
-{yaml.safe_dump(recipe, sort_keys=False, width=100).rstrip()}
-```
-"""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +70,45 @@ class Tokenizer:
         bos = [self.id("bos")] if "bos" in self.roles else []
         eos = [self.id("eos")]
         return [np.array(bos + e.ids + eos, np.int32) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def spans(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids of each text, without bos and eos, and the characters that each token stands for.
+
+        Returns:
+            (ids int32 [n], spans int64 [n, 2]): `text[begin:end]` is the token's text without white space around it.
+        """
+        found = []
+        for text, encoding in zip(texts, self.backend.encode_batch(texts, add_special_tokens=False), strict=True):
+            spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+            for n, (begin, end) in enumerate(encoding.offsets):
+                # Byte-level and Unigram tokens carry the space before a word.
+                while begin < end - 1 and text[begin].isspace():
+                    begin += 1
+                while end > begin + 1 and text[end - 1].isspace():
+                    end -= 1
+                spans[n] = begin, end
+            found.append((np.array(encoding.ids, np.int32), spans))
+        return found
+
+    def for_inputs(self, length: int, truncation_side: str = "right", *, closing: bool = True, padding_side: str = "right") -> Tokenizer:
+        """A copy that makes a fine-tuned model's inputs in plain transformers: bos, text (eos, second text), eos.
+
+        Args:
+            length: tokens that the model reads.
+            truncation_side: left keeps the end of a long text.
+            closing: whether the input ends with eos.
+            padding_side: left for decoders that generate.
+        """
+        from tokenizers import Tokenizer as Backend
+        from tokenizers.processors import TemplateProcessing
+
+        backend = Backend.from_str(self.backend.to_str())
+        bos, eos = ([self.roles["bos"]] if "bos" in self.roles else []), self.roles["eos"]
+        single = [*bos, "$A", *([eos] if closing else [])]
+        pair = [*bos, "$A", eos, "$B", *([eos] if closing else [])]
+        backend.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=[(t, backend.token_to_id(t)) for t in {*bos, eos}])
+        settings = self.settings | {"model_max_length": length, "truncation_side": truncation_side, "padding_side": padding_side}
+        return Tokenizer(backend, self.roles, self.sentinels, settings | {"model_input_names": ["input_ids", "attention_mask"]}, self.source)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens shown."""
@@ -291,10 +329,3 @@ def _counted(texts: Iterable[str]) -> Iterator[str]:
         yield text
     if not count:
         raise UserError("text: no document to train a tokenizer on")
-
-
-def copy_files(source: Path, target: Path) -> None:
-    """The tokenizer files of one folder copied into another."""
-    for name in _FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

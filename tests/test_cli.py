@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lmssl.cli import run
 from lmssl.data.tokens import TokenSet
+from tests.helpers import sentences
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))  # accelerate/ holds hardware
@@ -27,7 +29,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     begin = time.perf_counter()
     result = lmssl("--help")
     assert time.perf_counter() - begin < 1.0
-    assert all(verb in result.stdout for verb in ("tokenizer", "prepare", "show", "pretrain", "finetune", "evaluate", "report"))
+    assert all(verb in result.stdout for verb in ("tokenizer", "prepare", "show", "pretrain", "finetune", "predict", "evaluate", "report"))
 
 
 def test_prepare_needs_neither_torch_nor_transformers(corpus_file, tmp_path):
@@ -46,21 +48,45 @@ def test_prepare_needs_neither_torch_nor_transformers(corpus_file, tmp_path):
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda p: p.stem)
 def test_every_pretraining_recipe_runs_two_steps(path, corpus_file, tmp_path, capsys):
     out = tmp_path / "run"
-    status = run(["pretrain", str(path), f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=2", f"trainer.output_dir={out}"])
+    data = [f"data.text={corpus_file}", "data.tokenizer=tokenizer_assets/bpe-8k", "data.held_out=0.05", "data.seq_length=32"]
+    if "decontaminate" in path.read_text():
+        data.append("data.decontaminate=true")
+    status = run(["pretrain", str(path), *data, "trainer.max_steps=2", f"trainer.output_dir={out}"])
     assert status == 0, capsys.readouterr().err
     assert json.loads((out / "metrics.json").read_text())["steps"] == 2
     assert len(path.read_text().splitlines()) <= 20
 
 
+def labelled_file(task, folder):
+    """Labelled examples with the columns that a recipe names, and how many of them test."""
+    rows = []
+    for number, text in enumerate(sentences(60, seed=3)):
+        word = text.split()[-1]
+        if task["name"] == "sentiment":
+            rows.append({"text": text, "label": number % 2})
+        elif task["name"] == "translation":
+            rows.append({task["source"]: f"{text} {number}", task["target"]: text.upper()})
+        else:
+            rows.append({"context": f"{text} {number}", "question": "which word", "answers": {"text": [word], "answer_start": [text.rindex(word)]}})
+    path = folder / "labelled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path, 20
+
+
 @pytest.mark.parametrize("path", FINETUNE, ids=lambda p: p.stem)
 def test_every_finetuning_recipe_runs_two_steps(path, corpus_file, tmp_path, capsys):
     backbone = tmp_path / "backbone"
+    task = yaml.safe_load(path.read_text())["task"]
+    labelled, test = labelled_file(task, tmp_path)
     assert run(["pretrain", str(QUICKSTART), f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=1", f"trainer.output_dir={backbone}"]) == 0
     overrides = [
         "task.labels=[4, 8]",
         "task.seeds=2",
-        f"data.train={corpus_file}",
-        "data.test=20",
+        "task.scratch_labels=[]",
+        "task.learning_rates=[]",
+        f"data.train={labelled}",
+        f"data.test={test}",
+        "data.max_length=null",
         f"model.from={backbone}",
         "trainer.max_steps=2",
         f"trainer.output_dir={tmp_path / 'ft'}",

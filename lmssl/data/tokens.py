@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 
 from lmssl import tokenization
 from lmssl.data import corpus
+from lmssl.data.contamination import Grams
 from lmssl.errors import UserError
 from lmssl.objectives.base import Row, Vocab
 from lmssl.tokenization import Tokenizer
@@ -122,6 +123,7 @@ def write(
     out: str | Path,
     held_out: float | Iterable[tuple[str, str]] = 0.01,
     sources: list[dict[str, Any]] | None = None,
+    tests: Grams | None = None,
 ) -> TokenSet:
     """Tokenize documents into a token set at `out`; complete or not there at all.
 
@@ -130,6 +132,7 @@ def write(
         held_out: a fraction chosen by content hash (never fewer than one document; 0 holds nothing out), or documents
             of their own, which are then dropped from `texts`.
         sources: what the manifest says of the text's origin.
+        tests: training documents that share 13 words in a row with these are dropped and counted.
 
     Raises:
         UserError: no document, or so few that none is left to train on.
@@ -137,7 +140,7 @@ def write(
     out = Path(out)
     stage = out.with_name(f"{out.name}.part-{os.getpid()}")
     shutil.rmtree(stage, ignore_errors=True)
-    seen, duplicates = _Seen(), 0
+    seen, duplicates, leaks = _Seen(), 0, 0
     train, held = _Writer(stage / "train.part", tokenizer), _Writer(stage / "held_out.part", tokenizer)
     limit = below(held_out) if isinstance(held_out, int | float) else 0
     waiting: tuple[int, str] | None = None  # the smallest hash so far: held out if nothing lies below the limit
@@ -153,6 +156,8 @@ def write(
             elif value < limit:
                 held.add(text)
                 any_held = True
+            elif tests is not None and len(tests.found_in(text)):
+                leaks += 1
             elif limit and not any_held and (waiting is None or value < waiting[0]):
                 if waiting:
                     train.add(waiting[1])
@@ -166,6 +171,7 @@ def write(
             raise UserError("data.text: no document to train on" + (": the only one is held out" if counts["held_out"]["documents"] else "; is the text empty?"))
         tokenizer.save(stage / "tokenizer")
         manifest = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocabulary": tokenizer.size, "sources": sources or [], "duplicates": duplicates, **counts}
+        manifest |= {"decontaminated": leaks} if tests is not None else {}
         (stage / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -181,10 +187,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LMSSL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmssl")
 
 
-def prepare(text: str | list[str], tokenizer: Tokenizer, held_out: float | str = 0.01, *, quiet: bool = False) -> TokenSet:
+def prepare(text: str | list[str], tokenizer: Tokenizer, held_out: float | str = 0.01, decontaminate: bool | str | list[str] = False, *, quiet: bool = False) -> TokenSet:
     """The token set of a recipe's text: found by content hash where it was prepared before, made otherwise.
 
     Several processes may call it at once; one prepares, the others wait.
+
+    Args:
+        decontaminate: files whose texts no training document may overlap; True: the held-out documents.
     """
     from filelock import FileLock
 
@@ -192,7 +201,9 @@ def prepare(text: str | list[str], tokenizer: Tokenizer, held_out: float | str =
     held = corpus.resolve(held_out, "data.held_out") if isinstance(held_out, str) else []
     described = [{"path": s.path, "column": s.column, "bytes": s.bytes, "sha256": s.fingerprint()} for s in train]
     held_described = [{"path": s.path, "column": s.column, "sha256": s.fingerprint()} for s in held]
+    tests = corpus.resolve(decontaminate, "data.decontaminate") if not isinstance(decontaminate, bool) else []
     identity = [FORMAT, tokenizer.hash, [(s["sha256"], s["column"]) for s in described], held_described or held_out]
+    identity += [[(s.fingerprint(), s.column) for s in tests] or True] if decontaminate else []
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / "tokens" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -201,8 +212,13 @@ def prepare(text: str | list[str], tokenizer: Tokenizer, held_out: float | str =
             return TokenSet(folder)
         total = sum(s.bytes for s in [*train, *held])
         with _progress(total, quiet) as bar:
+            grams = None
+            if decontaminate:
+                limit = 0 if held else below(float(held_out))
+                own = ((text, where) for text, where in corpus.documents(train) if content_hash(text) < limit)
+                grams = Grams(text for text, _ in (corpus.documents(tests or held) if tests or held else own))
             texts = corpus.documents(train, bar.update)
-            return write(texts, tokenizer, folder, corpus.documents(held, bar.update) if held else float(held_out), described)
+            return write(texts, tokenizer, folder, corpus.documents(held, bar.update) if held else float(held_out), described, grams)
 
 
 def _progress(total: int, quiet: bool) -> Any:
@@ -244,6 +260,17 @@ class TokenSet:
         """The held-out documents of the same text."""
         return TokenSet(self.folder, "held_out")
 
+    def texts(self) -> Iterator[str]:
+        """Each document, decoded."""
+        tokenizer, bounds = self.tokenizer, [*self._starts.tolist(), self.tokens]
+        backend, at = tokenizer.backend, 0
+        while at < self.documents:
+            until = min(at + 256, self.documents)
+            block = self._slice(bounds[at], bounds[until])
+            cuts = [b - bounds[at] for b in bounds[at : until + 1]]
+            yield from backend.decode_batch([block[a:b].tolist() for a, b in pairwise(cuts)], skip_special_tokens=True)
+            at = until
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made it."""
@@ -266,18 +293,23 @@ class TokenSet:
         """Row k: tokens [k * length, (k + 1) * length) of the documents laid end to end, padded behind the last."""
         begin, end = k * length, min((k + 1) * length, self.tokens)
         ids, segments = np.full(length, pad, np.int32), np.zeros(length, np.int32)
-        chunk, at = int(np.searchsorted(self._chunk_starts, begin, "right")) - 1, begin
-        while at < end:
-            base = int(self._chunk_starts[chunk])
-            stop = min(end, int(self._chunk_starts[chunk + 1]))
-            ids[at - begin : stop - begin] = self._values[chunk][at - base : stop - base]
-            at, chunk = stop, chunk + 1
+        ids[: end - begin] = self._slice(begin, end)
         first = int(np.searchsorted(self._starts, begin, "right"))
         inside = self._starts[first : int(np.searchsorted(self._starts, end, "left"))] - begin
         segments[: end - begin] = 1
         np.add.at(segments, inside, 1)
         segments[: end - begin] = np.cumsum(segments[: end - begin]) - np.arange(end - begin)
         return Row(ids, segments)
+
+    def _slice(self, begin: int, end: int) -> np.ndarray:
+        """Tokens [begin, end), int32."""
+        parts, at = [], begin
+        chunk = int(np.searchsorted(self._chunk_starts, begin, "right")) - 1
+        while at < end:
+            base, stop = int(self._chunk_starts[chunk]), min(end, int(self._chunk_starts[chunk + 1]))
+            parts.append(self._values[chunk][at - base : stop - base].astype(np.int32))
+            at, chunk = stop, chunk + 1
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
 
 def from_iterable(texts: Iterable[str], tokenizer: Tokenizer, out: str | Path, held_out: float = 0.01) -> TokenSet:

@@ -5,9 +5,11 @@ from typing import Any
 
 from lmssl.config import build
 from lmssl.errors import UserError, did_you_mean
+from lmssl.tasks.qa import QuestionAnswering
 from lmssl.tasks.sentiment import Sentiment
+from lmssl.tasks.translation import Translation
 
-TASKS: dict[str, type] = {"sentiment": Sentiment}
+TASKS: dict[str, type] = {task.name: task for task in (Sentiment, Translation, QuestionAnswering)}
 
 
 def make_task(section: Mapping[str, Any]) -> Any:

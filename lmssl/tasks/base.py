@@ -1,43 +1,42 @@
-"""Few labels done properly: nested stratified subsets, several seeds, and the twin from scratch beside every run.
+"""What every task shares: labelled examples, nested subsets, an honest test split, and what a task has to say.
 
-The curve: for each number of labels and each seed, the same subset, the same order, the same steps and the same
-learning rate, once from the pretrained checkpoint and once from the same configuration with random weights.
+A task is a frozen dataclass whose fields are the recipe's `task` section. It reads examples, builds the model of
+either init, encodes, and evaluates; `lmssl.tasks.curve` does everything else, the same for all tasks.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel
 
-from lmssl import arguments, models, tokenization
+from lmssl import models, output, tokenization
 from lmssl.data import corpus
 from lmssl.data.stream import generator, mix, permuted
 from lmssl.data.tokens import below, content_hash
 from lmssl.errors import UserError
+from lmssl.objectives.base import Family
 from lmssl.tokenization import Tokenizer
-from lmssl.trainer import ExactTrainer
 
-log = logging.getLogger("lmssl")
+Item = dict[str, Any]
+"""One encoded input: arrays and numbers that a collator understands."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One labelled text.
+    """One labelled example.
 
     Attributes:
-        text: the input.
-        label: class name.
+        text: what the model reads; splits, duplicates and leak checks go by it.
+        label: class name, by which subsets are stratified; "" where a task has no classes.
         where: file:line.
     """
 
@@ -45,24 +44,183 @@ class Example:
     label: str
     where: str
 
+    def texts(self) -> tuple[str, ...]:
+        """Every text that must not have been seen in pretraining."""
+        return (self.text,)
+
+
+@dataclass(frozen=True)
+class FewLabels:
+    """What the `task` section of every task may say; a task adds its columns."""
+
+    labels: list[int] = field(default_factory=lambda: [20, 100, 500])
+    """Numbers of labelled examples, each a prefix of the next."""
+    seeds: int = 5
+    """Runs for each number and init."""
+    scratch_labels: list[int] = field(default_factory=list)
+    """Further numbers for the model from scratch alone: they place the label equivalence."""
+    learning_rates: list[float] = field(default_factory=list)
+    """At most a few rates; the best by validation loss is chosen for each number and init on seed 0. Empty: the trainer's."""
+    validation: float = 0.25
+    """Share of the few labels that the choice of a learning rate holds out; the runs themselves train on all."""
+    method: Literal["full", "probe", "lora"] = "full"
+    """What of the pretrained model is trained: everything, the head alone, or low-rank updates (peft). The twin from scratch always trains everything."""
+    lora_rank: int = 8
+    """Rank of the low-rank updates."""
+
+    def __post_init__(self) -> None:
+        for name in ("labels", "scratch_labels"):
+            counts = getattr(self, name)
+            if (name == "labels" and not counts) or (counts and min(counts) < 1) or len(set(counts)) < len(counts):
+                raise ValueError(f"{name}={counts} must be different whole numbers above 0")
+        if self.seeds < 1:
+            raise ValueError(f"seeds={self.seeds} must be at least 1")
+        if self.learning_rates and not all(0 < r < math.inf for r in self.learning_rates):
+            raise ValueError(f"learning_rates={self.learning_rates} must be numbers above 0")
+        if not 0 < self.validation < 1:
+            raise ValueError(f"validation={self.validation} must be above 0 and below 1")
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank={self.lora_rank} must be at least 1")
+
+    def fitted(self, examples: Sequence[Any]) -> Any:
+        """The task with what is left to the labelled data decided."""
+        return self
+
+    def writes(self, backbone: Backbone) -> bool:
+        """Whether the model answers by writing text."""
+        return False
+
+    def notes(self, backbone: Backbone, examples: Sequence[Any]) -> dict[str, int]:
+        """Counts about the test examples that the result should state."""
+        return {}
+
+    def write_outputs(self, folder: Path, name: str, examples: Sequence[Any], outputs: Sequence[str]) -> None:
+        """Save the output for each test example: a line each."""
+        folder.mkdir(parents=True, exist_ok=True)
+        output.write(folder / f"{name}.txt", "".join(line + "\n" for line in outputs))
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A checkpoint to fine-tune, and how its inputs are made.
+
+    Attributes:
+        source: folder or hub id.
+        config: its transformers configuration.
+        family: decoder, encoder or encoder-decoder.
+        tokenizer: its tokenizer.
+        length: tokens that the model reads.
+        classes: class names in the order of their numbers; empty where a task has none.
+    """
+
+    source: str
+    config: PretrainedConfig
+    family: Family
+    tokenizer: Tokenizer
+    length: int
+    classes: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, source: str, max_length: int | None = None, classes: Sequence[str] = ()) -> Backbone:
+        """Read configuration and tokenizer; weights wait.
+
+        Raises:
+            UserError: no checkpoint there, or more tokens asked for than it has positions.
+        """
+        config = models.read_config(source, "model.from")
+        limit = models.max_length(config)
+        if max_length and limit and max_length > limit:
+            raise UserError(f"data.max_length: {max_length} tokens, but the backbone has {limit} positions")
+        return cls(source, config, models.family_of(config), tokenization.load(source), max_length or limit or 256, tuple(classes))
+
+    @property
+    def pad(self) -> int:
+        return self.config.pad_token_id if self.config.pad_token_id is not None else self.tokenizer.vocab().pad
+
+    def begin(self) -> list[int]:
+        """What every input begins with: bos, where the tokenizer has one."""
+        bos = self.tokenizer.id("bos")
+        return [] if bos is None else [bos]
+
+    def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, no special token around them; int32 arrays."""
+        begin = len(self.begin())
+        return [ids[begin:-1] for ids in self.tokenizer.encode(list(texts))]
+
+    def build(self, auto: Any, pretrained: bool, seed: int, **changes: Any) -> PreTrainedModel:
+        """A model of class `auto` in float32: from the checkpoint, or from its configuration with random weights.
+
+        What the checkpoint lacks (the head) is drawn from the seed for both.
+        """
+        config = type(self.config).from_dict(self.config.to_dict() | changes)
+        torch.manual_seed(seed)
+        try:
+            if not pretrained:
+                return auto.from_config(config).float()
+            model, info = auto.from_pretrained(self.source, config=config, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True)
+            model._lmssl_new = frozenset(info["missing_keys"])
+            return model
+        except ValueError as error:
+            raise UserError(f"model.from: {config.model_type} has no {auto.__name__.removeprefix('AutoModel')} head in transformers: {str(error).splitlines()[0]}") from error
+
 
 class Task(Protocol):
-    """What a task adds to the label curve. A frozen dataclass whose fields are the recipe's task section."""
+    """What a task adds to the label curve: a frozen dataclass, a subclass of FewLabels."""
 
-    name: str
-    metric: str
+    name: ClassVar[str]
+    metric: ClassVar[str]
+    """Which of the scores is the `score`; in [0, 1]."""
+    column: ClassVar[str | None]
+    """The field that names the column of a lone text, for inputs without columns; None where one text is not enough."""
+    classes: ClassVar[bool]
+    """Whether labels are classes, by which subsets are stratified."""
     labels: list[int]
     seeds: int
+    scratch_labels: list[int]
+    learning_rates: list[float]
+    validation: float
+    method: Literal["full", "probe", "lora"]
+    lora_rank: int
 
-    def read(self, sources: list[corpus.Source]) -> list[Example]: ...
-
-    def model(self, source: str | None, like: str, classes: list[str], seed: int) -> PreTrainedModel:
-        """From a checkpoint, or (source None) from the configuration of `like` with random weights."""
+    def read(self, sources: list[corpus.Source]) -> list[Any]:
+        """Every labelled example of the sources; what is none is refused with file:line."""
         ...
 
-    def encode(self, tokenizer: Tokenizer, family: str, examples: Sequence[Example], classes: list[str], length: int) -> list[dict[str, Any]]: ...
+    def fitted(self, examples: Sequence[Any]) -> Any: ...
 
-    def score(self, model: PreTrainedModel, items: list[dict[str, Any]], collator: Collator, batch: int, compiled: bool = False) -> dict[str, float]: ...
+    def writes(self, backbone: Backbone) -> bool: ...
+
+    def notes(self, backbone: Backbone, examples: Sequence[Any]) -> dict[str, int]: ...
+
+    def write_outputs(self, folder: Path, name: str, examples: Sequence[Any], outputs: Sequence[str]) -> None: ...
+
+    def model(self, backbone: Backbone, pretrained: bool, seed: int) -> PreTrainedModel:
+        """The model with the task's head, of either init."""
+        ...
+
+    def encode(self, backbone: Backbone, examples: Sequence[Any]) -> list[list[Item]]:
+        """The training items of each example (a long context has several)."""
+        ...
+
+    def collator(self, backbone: Backbone, multiple: int) -> Callable[[list[Item]], dict[str, Tensor]]:
+        """Items -> tensors with `labels`; widths are multiples of `multiple`."""
+        ...
+
+    def evaluate(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int, compiled: bool = False) -> tuple[dict[str, Any], list[str]]:
+        """(scores with the metric among them, the output for each example)."""
+        ...
+
+    def unlabelled(self, record: dict[str, Any], where: str) -> Any:
+        """An example of a record to predict, whose label is not known."""
+        ...
+
+    def predictions(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int) -> list[dict[str, Any]]:
+        """What `lmssl predict` writes of each example."""
+        ...
+
+    def finish(self, backbone: Backbone, model: PreTrainedModel) -> Tokenizer:
+        """The tokenizer to save with a fine-tuned model, so that plain transformers makes the same inputs."""
+        ...
 
 
 def steps_for(labels: int) -> int:
@@ -100,201 +258,62 @@ def split_test(examples: list[Example], test: float) -> tuple[list[Example], lis
     return [e for e, c in zip(examples, chosen, strict=True) if not c], [e for e, c in zip(examples, chosen, strict=True) if c]
 
 
-class Few(torch.utils.data.Dataset):
-    """A few encoded examples as a stream: item i of the run, shuffled anew each epoch."""
+def split_validation(examples: Sequence[T], share: float) -> tuple[list[T], list[T]]:
+    """(train, validation) of examples in `nested` order: every k-th, so that both stay stratified; at least one each."""
+    every = max(2, round(1 / share))
+    held = set(range(every - 1, len(examples), every)) or {len(examples) - 1}
+    return [e for i, e in enumerate(examples) if i not in held], [e for i, e in enumerate(examples) if i in held]
 
-    def __init__(self, items: list[dict[str, Any]], seed: int, length: int):
+
+class Few(torch.utils.data.Dataset):
+    """A few encoded items as a stream: item i of the run, shuffled anew each epoch."""
+
+    def __init__(self, items: list[Item], seed: int, length: int):
         self.items, self.seed, self.length = items, seed, length
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> Item:
         epoch, k = divmod(i, len(self.items))
         return self.items[permuted(k, len(self.items), self.seed, epoch)]
 
 
-@dataclass
-class Collator:
-    """Pads `input_ids` to the longest of a batch, rounded up to a multiple: int64 tensors, `labels` last.
-
-    Attributes:
-        pad: the padding id.
-        multiple: of the width; a coarse one keeps the number of shapes small, which a compiled model pays for.
-    """
-
-    pad: int
-    multiple: int = 8
-
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        width = -(-max(len(item["input_ids"]) for item in items) // self.multiple) * self.multiple
-        ids = torch.full((len(items), width), self.pad)
-        mask = torch.zeros(len(items), width, dtype=torch.int64)
-        for b, item in enumerate(items):
-            ids[b, : len(item["input_ids"])] = torch.as_tensor(np.asarray(item["input_ids"], np.int64))
-            mask[b, : len(item["input_ids"])] = 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([item["label"] for item in items])}
+def padded(rows: Sequence[Any], fill: int, multiple: int = 1, left: bool = False) -> Tensor:
+    """Rows of different lengths as one int64 [B, L], L the longest rounded up to a multiple."""
+    width = -(-max(map(len, rows)) // multiple) * multiple
+    out = np.full((len(rows), width), fill, np.int64)
+    for b, row in enumerate(rows):
+        begin = width - len(row) if left else 0
+        out[b, begin : begin + len(row)] = row
+    return torch.from_numpy(out)
 
 
-def by_length(items: list[dict[str, Any]], batch: int, score: Callable[[list[dict[str, Any]]], Sequence[Any]]) -> list[Any]:
-    """Apply `score` to batches of similar length, longest first; results in the order of the items."""
-    order = sorted(range(len(items)), key=lambda i: -len(items[i]["input_ids"]))
+def inputs_of(rows: Sequence[Any], pad: int, multiple: int = 8, left: bool = False) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, int64 [B, L]."""
+    return {"input_ids": padded(rows, pad, multiple, left), "attention_mask": padded([np.ones(len(r), np.int64) for r in rows], 0, multiple, left)}
+
+
+def by_length(items: Sequence[T], length: Callable[[T], int], batch: int, work: Callable[[list[T]], Sequence[Any]]) -> list[Any]:
+    """Apply `work` to batches of similar length, longest first (a batch too large for memory fails at once); results in order."""
+    order = sorted(range(len(items)), key=lambda i: -length(items[i]))
     results: list[Any] = [None] * len(items)
-    for begin in range(0, len(order), batch):
-        members = order[begin : begin + batch]
-        for i, value in zip(members, score([items[i] for i in members]), strict=True):
+    for members in batched(order, batch):
+        for i, value in zip(members, work([items[i] for i in members]), strict=True):
             results[i] = value
     return results
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What every run of one label curve shares.
-
-    Attributes:
-        source: the pretrained checkpoint.
-        family: of the backbone.
-        length: tokens of a text that the model reads.
-        values: the resolved trainer section, without the length of a run.
-        args: TrainingArguments of it.
-        classes: class names in the order of their numbers.
-    """
-
-    source: str
-    family: str
-    architecture: str
-    tokenizer: Tokenizer
-    length: int
-    values: dict[str, Any]
-    args: TrainingArguments
-    classes: list[str]
-    collator: Collator
+def batched(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive slices of at most `size`."""
+    for begin in range(0, len(values), size):
+        yield values[begin : begin + size]
 
 
-def curve(task: Task, data: Any, source: str, values: dict[str, Any], quiet: bool = False) -> dict[str, Any]:
-    """The label curve of one checkpoint: every count, seed and init.
-
-    Args:
-        task: e.g. Sentiment.
-        data: `train`, `test`, `max_length` of the recipe.
-        source: the pretrained checkpoint.
-        values: a resolved trainer section; where it has neither max_steps nor num_train_epochs, the number of steps
-            is `steps_for` the number of labels.
-
-    Returns:
-        {"task", "metric", "results": [{"labels", "init", "seed", "score", ...}], "summary": [...], ...}.
-    """
-    train, test = _read(task, data)
-    setting = _setting(data, source, values, sorted({e.label for e in train}))
-    _check(task, train, test, setting.classes)
-    test_items = task.encode(setting.tokenizer, setting.family, test, setting.classes, setting.length)
-    begun, runs = time.time(), [(seed, labels, init) for seed in range(task.seeds) for labels in task.labels for init in ("scratch", "pretrained")]
-    results: list[dict[str, Any]] = []
-    few: list[dict[str, Any]] = []
-    for seed, labels, init in runs:
-        if labels == task.labels[0] and init == "scratch":
-            chosen = nested(train, seed)[: max(task.labels)]
-            few = task.encode(setting.tokenizer, setting.family, [train[i] for i in chosen], setting.classes, setting.length)
-        model = task.model(source if init == "pretrained" else None, source, setting.classes, seed)
-        steps, scores = _one(task, model, few[:labels], test_items, setting, seed)
-        results.append({"labels": labels, "init": init, "seed": seed, "steps": steps, "score": scores[task.metric], **scores})
-        if (seed, labels, init) == (0, max(task.labels), "pretrained") and setting.args.process_index == 0:
-            model.save_pretrained(Path(setting.args.output_dir))
-            setting.tokenizer.save(setting.args.output_dir)
-        if not quiet:
-            left = (time.time() - begun) / len(results) * (len(runs) - len(results))
-            log.info("%5d labels  seed %d  %-10s  %s %.4f  (%d of %d, %d s left)", labels, seed, init, task.metric, scores[task.metric], len(results), len(runs), left)
-    return {
-        "task": task.name,
-        "metric": task.metric,
-        "backbone": source,
-        "family": setting.family,
-        "architecture": setting.architecture,
-        "classes": setting.classes,
-        "test_examples": len(test),
-        "majority": max(sum(e.label == c for e in test) for c in setting.classes) / len(test),
-        "max_length": setting.length,
-        "learning_rate": setting.args.learning_rate,
-        "seconds": round(time.time() - begun, 1),
-        "results": results,
-        "summary": summary(results),
-    }
-
-
-def _read(task: Task, data: Any) -> tuple[list[Example], list[Example]]:
-    """(train, test), without a text that is in both."""
-    examples = task.read(corpus.resolve(data.train, "data.train"))
-    if isinstance(data.test, int | float):
-        return split_test(examples, data.test)
-    test = task.read(corpus.resolve(data.test, "data.test"))
-    known = {content_hash(e.text) for e in test}
-    return [e for e in examples if content_hash(e.text) not in known], test
-
-
-def _setting(data: Any, source: str, values: dict[str, Any], classes: list[str]) -> Setting:
-    backbone = models.read_config(source, "model.from")
-    tokenizer, args, limit = tokenization.load(source), arguments.build(values), models.max_length(backbone)
-    if data.max_length and limit and data.max_length > limit:
-        raise UserError(f"data.max_length: {data.max_length} tokens, but the backbone has {limit} positions")
-    pad = backbone.pad_token_id if backbone.pad_token_id is not None else tokenizer.vocab().pad
-    return Setting(
-        source, models.family_of(backbone), backbone.model_type, tokenizer, data.max_length or limit or 256,
-        values, args, classes, Collator(pad, 64 if args.torch_compile else 8),
-    )  # fmt: skip
-
-
-def _check(task: Task, train: list[Example], test: list[Example], classes: list[str]) -> None:
-    if len(classes) < 2:
-        raise UserError(f"data.train: only one class ({classes[0] if classes else 'none'}); a classifier needs two")
-    if not test:
-        raise UserError("data.test: no test example")
-    if max(task.labels) > len(train):
-        raise UserError(f"task.labels: {max(task.labels)} labels asked for, {len(train)} examples to train on")
-    if min(task.labels) < len(classes):
-        raise UserError(f"task.labels: {min(task.labels)} labels cannot hold one example of each of {len(classes)} classes")
-    for example in test:
-        if example.label not in classes:
-            raise UserError(f"{example.where}: the class '{example.label}' is not in the training data ({', '.join(classes)})")
-
-
-def _one(task: Task, model: PreTrainedModel, few: list[dict[str, Any]], test: list[dict[str, Any]], setting: Setting, seed: int) -> tuple[int, dict[str, float]]:
-    """Fine-tune one model on the few examples and score it on the test set: (optimizer steps, scores)."""
-    values = setting.values if {"max_steps", "num_train_epochs"} & set(setting.values) else setting.values | {"max_steps": steps_for(len(few))}
-    values = arguments.with_steps(values, len(few))
-    args = copy.copy(setting.args)
-    for name in ("max_steps", "logging_steps", "save_steps", "warmup_steps"):
-        setattr(args, name, values[name])
-    args.seed = seed
-    items = args.max_steps * arguments.global_batch(values)
-    trainer = ExactTrainer(model, args, Few(few, mix(seed, 1) >> 1, items), setting.collator, values["optimizer"], quiet=True)
-    trainer.run()
-    with trainer.compute_loss_context_manager():
-        return args.max_steps, task.score(model, test, setting.collator, args.per_device_eval_batch_size, compiled=args.torch_compile)
-
-
-def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each number of labels: mean and standard deviation of both inits, and the paired gain with its error.
-
-    The gain is paired by seed (same subset); `interval` is its 95% t-interval, `error` its standard error;
-    one seed has neither.
-    """
-    rows = []
-    for labels in sorted({r["labels"] for r in results}):
-        score = {init: {r["seed"]: r["score"] for r in results if r["labels"] == labels and r["init"] == init} for init in ("scratch", "pretrained")}
-        gains = np.array([score["pretrained"][s] - score["scratch"][s] for s in score["pretrained"]])
-        mean = float(gains.mean())
-        gain: dict[str, Any] = {"mean": mean, "error": None, "interval": None}
-        if len(gains) > 1:
-            error = float(gains.std(ddof=1) / math.sqrt(len(gains)))
-            half = t_quantile(len(gains) - 1) * error
-            gain |= {"error": error, "interval": [mean - half, mean + half]}
-        spread = {i: {"mean": float(np.mean([*v.values()])), "std": float(np.std([*v.values()], ddof=1)) if len(v) > 1 else None} for i, v in score.items()}
-        rows.append({"labels": labels, **spread, "gain": gain})
-    return rows
-
-
-def t_quantile(freedom: int) -> float:
-    """The 97.5% quantile of Student's t (table; beyond 30 degrees of freedom the normal's 1.96)."""
-    table = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
-    table += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
-    return table[freedom - 1] if 1 <= freedom <= len(table) else 1.96 if freedom > 0 else float("nan")
+def text_column(record: dict[str, Any], column: str, where: str) -> str:
+    """A column that must hold text with something in it."""
+    text = corpus.field_of(record, column, where)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: column '{column}' holds {text!r}, expected text")
+    corpus.check_text(text, where)
+    return text

@@ -1,4 +1,4 @@
-"""Sentiment: one text, one class, through transformers' own sequence-classification heads.
+"""Sentiment, and any other classification of one text or a pair, through transformers' own sequence-classification heads.
 
 Pooling is what the architecture's own head does, the same for both inits:
 
@@ -7,115 +7,158 @@ Pooling is what the architecture's own head does, the same for both inits:
 * encoders: ModernBERT the mean of all tokens (`classifier_pooling: mean`); BERT and RoBERTa the first token (bos).
   BERT's pooler and RoBERTa's dense layer are random after masked pretraining, as from scratch.
 * encoder-decoders (T5, BART): the decoder's state at eos.
+
+A pair is given as `bos a eos b eos` (decoders without the last eos).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from lmssl import models
 from lmssl.data import corpus
 from lmssl.errors import UserError
-from lmssl.tasks.base import Collator, Example, by_length
+from lmssl.tasks.base import Backbone, Example, FewLabels, Item, by_length, inputs_of, text_column
 from lmssl.tokenization import Tokenizer
 
 
-@dataclass(frozen=True)
-class Sentiment:
-    """The task section of a sentiment recipe.
+@dataclass(frozen=True, slots=True)
+class Labelled(Example):
+    """One text, or a pair, with its class.
 
-    A text longer than the model reads keeps its beginning or its end (`keep`): reviews conclude at the end.
+    Attributes:
+        second: the second text of a pair, or None.
+    """
+
+    second: str | None = None
+
+    def texts(self) -> tuple[str, ...]:
+        return (self.text,) if self.second is None else (self.text, self.second)
+
+
+@dataclass(frozen=True)
+class Sentiment(FewLabels):
+    """The task section of a classification recipe.
+
+    A text longer than the model reads keeps its beginning or its end (`keep`): reviews conclude at the end. Of a pair
+    the longer text is cut first.
     """
 
     text: str = "text"
     """Column of the text."""
+    text_a: str | None = None
+    """Column of the first text of a pair; `text` is then not read."""
+    text_b: str | None = None
+    """Column of the second text of a pair."""
     label: str = "label"
     """Column of the class; its values are the class names."""
-    labels: list[int] = field(default_factory=lambda: [20, 100, 500])
-    """Numbers of labelled examples, each a prefix of the next."""
-    seeds: int = 5
-    """Runs for each number and init."""
-    keep: str = "end"
-    """Which part of a long text is kept: start or end."""
+    keep: Literal["start", "end"] = "end"
+    """Which part of a long text is kept."""
 
     name: ClassVar[str] = "sentiment"
     metric: ClassVar[str] = "accuracy"
+    column: ClassVar[str | None] = "text"
+    classes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.labels or min(self.labels) < 1 or len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"labels={self.labels} must be different whole numbers above 0")
-        if self.seeds < 1:
-            raise ValueError(f"seeds={self.seeds} must be at least 1")
-        if self.keep not in ("start", "end"):
-            raise ValueError(f"keep={self.keep!r} must be start or end")
+        super().__post_init__()
+        if (self.text_a is None) != (self.text_b is None):
+            raise ValueError(f"text_a={self.text_a} and text_b={self.text_b} must both be named, or neither")
 
-    def read(self, sources: list[corpus.Source]) -> list[Example]:
-        """Every labelled example of the sources, exact duplicate texts dropped."""
-        found: dict[str, Example] = {}
+    def read(self, sources: list[corpus.Source]) -> list[Labelled]:
+        """Every labelled example of the sources, exact duplicates dropped."""
+        found: dict[tuple[str, ...], Labelled] = {}
         for source in sources:
             for record, where in corpus.records(source):
-                text = corpus.field_of(record, self.text, where)
-                label = corpus.field_of(record, self.label, where)
-                if not isinstance(text, str) or not text.strip():
-                    raise UserError(f"{where}: column '{self.text}' holds {text!r}, expected text")
-                if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-                    raise UserError(f"{where}: column '{self.label}' holds {label!r}, expected a class: text or a whole number")
-                corpus.check_text(text, where)
-                found.setdefault(text, Example(text, str(label), where))
+                example = dataclasses.replace(self.unlabelled(record, where), label=_class(record, self.label, where))
+                found.setdefault(example.texts(), example)
         return list(found.values())
 
-    def model(self, source: str | None, like: str, classes: list[str], seed: int) -> PreTrainedModel:
-        """The classifier, from a checkpoint or from scratch; the head is drawn from the seed in both."""
-        config = models.read_config(like, "model.from")
-        config.num_labels = len(classes)
-        config.id2label, config.label2id = dict(enumerate(classes)), {c: i for i, c in enumerate(classes)}
-        if hasattr(config, "classifier_pooling"):
-            config.classifier_pooling = "mean"
-        torch.manual_seed(seed)
-        try:
-            if source is None:
-                return AutoModelForSequenceClassification.from_config(config).float()
-            return AutoModelForSequenceClassification.from_pretrained(source, config=config, use_safetensors=True, dtype=torch.float32)
-        except ValueError as error:
-            raise UserError(f"model.from: {config.model_type} has no sequence-classification head in transformers: {str(error).splitlines()[0]}") from error
+    def unlabelled(self, record: dict[str, Any], where: str) -> Labelled:
+        """A record to predict."""
+        return Labelled(text_column(record, self.text_a or self.text, where), "", where, text_column(record, self.text_b, where) if self.text_b else None)
 
-    def encode(self, tokenizer: Tokenizer, family: str, examples: Sequence[Example], classes: list[str], length: int) -> list[dict[str, Any]]:
-        """Token ids between bos and eos (decoders: no eos), cut to `length`, and the class number."""
-        begin = 1 if "bos" in tokenizer.roles else 0
-        end = 0 if family == "decoder" else 1
-        items = []
-        for example, ids in zip(examples, tokenizer.encode([e.text for e in examples]), strict=True):
-            inner = ids[begin:-1]
-            room = length - begin - end
-            inner = inner[:room] if self.keep == "start" else inner[-room:]
-            items.append({"input_ids": np.concatenate([ids[:begin], inner, ids[len(ids) - end :]]), "label": classes.index(example.label)})
-        return items
+    def model(self, backbone: Backbone, pretrained: bool, seed: int) -> PreTrainedModel:
+        """The classifier; the head is drawn from the seed for both inits. Class names stand in its configuration."""
+        names = dict(enumerate(backbone.classes))
+        changes: dict[str, Any] = {"num_labels": len(names), "id2label": names, "label2id": {c: i for i, c in names.items()}}
+        if hasattr(backbone.config, "classifier_pooling"):
+            changes["classifier_pooling"] = "mean"
+        return backbone.build(AutoModelForSequenceClassification, pretrained, seed, **changes)
 
-    @torch.no_grad()
-    def score(self, model: PreTrainedModel, items: list[dict[str, Any]], collator: Collator, batch: int, compiled: bool = False) -> dict[str, float]:
-        """Accuracy and macro-averaged F1."""
-        forward = classify(model, batch, compiled)
-        guesses = np.array(by_length(items, batch, lambda members: forward(collator(members)).argmax(-1).tolist()))
-        truth = np.array([item["label"] for item in items])
-        return {"accuracy": float((guesses == truth).mean()), "macro_f1": macro_f1(truth, guesses)}
+    def encode(self, backbone: Backbone, examples: Sequence[Any]) -> list[list[Item]]:
+        """Token ids cut to the backbone's length, and the class number (0 where there is none)."""
+        begin = np.array(backbone.begin(), np.int32)
+        eos = np.array([backbone.tokenizer.id("eos")], np.int32)
+        end = eos[:0] if backbone.family == "decoder" else eos
+        numbers = {name: i for i, name in enumerate(backbone.classes)}
+        seconds: list[Any] = [None] * len(examples)
+        if self.text_b:
+            seconds = backbone.ids([e.second for e in examples])
+        rows = []
+        for first, second in zip(backbone.ids([e.text for e in examples]), seconds, strict=True):
+            room = backbone.length - len(begin) - len(end)
+            if second is None:
+                rows.append(np.concatenate([begin, self._cut(first, room), end]))
+                continue
+            room -= 1
+            to_first = max(room - len(second), min(len(first), room // 2))
+            rows.append(np.concatenate([begin, self._cut(first, to_first), eos, self._cut(second, room - min(len(first), to_first)), end]))
+        return [[{"input_ids": row, "label": numbers.get(e.label, 0)}] for row, e in zip(rows, examples, strict=True)]
+
+    def _cut(self, ids: np.ndarray, room: int) -> np.ndarray:
+        return ids[:room] if self.keep == "start" or room < 1 else ids[-room:]
+
+    def collator(self, backbone: Backbone, multiple: int) -> Callable[[list[Item]], dict[str, Tensor]]:
+        pad = backbone.pad
+
+        def collate(items: list[Item]) -> dict[str, Tensor]:
+            return inputs_of([item["input_ids"] for item in items], pad, multiple) | {"labels": torch.tensor([item["label"] for item in items])}
+
+        return collate
+
+    def logits(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int, compiled: bool = False) -> np.ndarray:
+        """float32 [N, classes]; full batches through the compiled model, so that a ragged one costs no compilation."""
+        items, collate = [item for (item,) in self.encode(backbone, examples)], self.collator(backbone, 64 if compiled else 8)
+        model.eval()
+        fast = torch.compile(model, dynamic=False) if compiled else model
+
+        @torch.no_grad()
+        def forward(members: list[Item]) -> list[np.ndarray]:
+            tensors = {k: v.to(model.device) for k, v in collate(members).items() if k != "labels"}
+            return list((fast if len(members) == batch else model)(**tensors).logits.float().cpu().numpy())
+
+        return np.stack(by_length(items, lambda item: len(item["input_ids"]), batch, forward))
+
+    def evaluate(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int, compiled: bool = False) -> tuple[dict[str, Any], list[str]]:
+        """Accuracy and macro-averaged F1; the guessed class of each example."""
+        guesses = [backbone.classes[i] for i in self.logits(model, backbone, examples, batch, compiled).argmax(-1)]
+        truth = np.array([e.label for e in examples])
+        return {"accuracy": float((np.array(guesses) == truth).mean()), "macro_f1": macro_f1(truth, np.array(guesses))}, guesses
+
+    def predictions(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int) -> list[dict[str, Any]]:
+        """{"label", "probabilities": {class: probability}}."""
+        chances = torch.from_numpy(self.logits(model, backbone, examples, batch)).softmax(-1).numpy()
+        return [{"label": backbone.classes[int(row.argmax())], "probabilities": {c: round(float(p), 6) for c, p in zip(backbone.classes, row, strict=True)}} for row in chances]
+
+    def finish(self, backbone: Backbone, model: PreTrainedModel) -> Tokenizer:
+        """Decoders are given no closing eos; a long text is cut on the side that the training cut."""
+        side = "right" if self.keep == "start" else "left"
+        return backbone.tokenizer.for_inputs(backbone.length, side, closing=backbone.family != "decoder")
 
 
-def classify(model: PreTrainedModel, batch: int, compiled: bool) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
-    """Collated tensors -> logits; full batches through the compiled model, so that a ragged one costs no compilation."""
-    model.eval()
-    fast = torch.compile(model, dynamic=False) if compiled else model
-
-    def forward(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        inputs = {k: v.to(model.device) for k, v in tensors.items() if k != "labels"}
-        return (fast if len(inputs["input_ids"]) == batch else model)(**inputs).logits.float()
-
-    return forward
+def _class(record: dict[str, Any], column: str, where: str) -> str:
+    label = corpus.field_of(record, column, where)
+    if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+        raise UserError(f"{where}: column '{column}' holds {label!r}, expected a class: text or a whole number")
+    return str(label)
 
 
 def macro_f1(truth: np.ndarray, guesses: np.ndarray) -> float:

@@ -1,0 +1,84 @@
+"""Which test texts the pretraining text has seen: overlap of 13 words in a row.
+
+The rule of Brown et al. 2020 (arXiv:2005.14165, appendix C): texts are compared as lower-case words without
+punctuation; a test text has leaked where it shares 13 words in a row with a document. A test text of 8 to 12 words is
+looked for whole; a shorter one is not looked for, since such a run of words is no evidence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from hashlib import blake2b
+
+import numpy as np
+
+GRAM = 13
+"""Words in a row."""
+SHORTEST = 8
+"""Words of a text that is looked for at all."""
+WORD = re.compile(r"\w+")
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Grams:
+    """The word n-grams of some texts, to be looked for in documents.
+
+    >>> grams = Grams(["a b c d e f g h", "one two"])
+    >>> grams.found_in("So: A, b c d e f g h!").tolist(), grams.found_in("a b c d e f g").tolist()
+    ([0], [])
+    """
+
+    def __init__(self, texts: Iterable[str]):
+        self._ids: dict[str, int] = {}
+        found: dict[int, list[tuple[np.ndarray, int]]] = {}
+        self.texts = 0
+        for number, text in enumerate(texts):
+            self.texts += 1
+            words = self._words(text)
+            n = min(GRAM, len(words))
+            if n >= SHORTEST:
+                found.setdefault(n, []).append((_rolling(words, n), number))
+        self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for n, parts in found.items():
+            grams, owners = np.concatenate([g for g, _ in parts]), np.concatenate([np.full(len(g), k) for g, k in parts])
+            order = np.argsort(grams, kind="stable")
+            self._tables[n] = (grams[order], owners[order])
+
+    def _words(self, text: str) -> np.ndarray:
+        """uint64, a hash of each word."""
+        if len(self._ids) > 2**20:
+            self._ids.clear()
+        ids, words = self._ids, WORD.findall(text.lower())
+        for word in words:
+            if word not in ids:
+                ids[word] = int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "big")
+        return np.array([ids[w] for w in words], np.uint64)
+
+    def found_in(self, document: str) -> np.ndarray:
+        """Numbers of the texts that share an n-gram with a document, ascending."""
+        words, hits = self._words(document), [np.empty(0, np.int64)]
+        for n, (grams, owners) in self._tables.items():
+            if len(words) < n:
+                continue
+            here = np.unique(_rolling(words, n))
+            first, last = np.searchsorted(grams, here, "left"), np.searchsorted(grams, here, "right")
+            hits += [owners[a:b] for a, b in zip(first[last > first], last[last > first], strict=True)]
+        return np.unique(np.concatenate(hits))
+
+
+def _rolling(words: np.ndarray, n: int) -> np.ndarray:
+    """A hash of every n words in a row, uint64 [len - n + 1]."""
+    total = np.zeros(len(words) - n + 1, np.uint64)
+    with np.errstate(over="ignore"):
+        for j in range(n):
+            total = total * _FACTOR + words[j : len(words) - n + 1 + j]
+    return total
+
+
+def leaked(tests: Iterable[str], documents: Iterable[str]) -> list[int]:
+    """Numbers of the test texts that share an n-gram with any document."""
+    grams, found = Grams(tests), set[int]()
+    for document in documents:
+        found.update(grams.found_in(document).tolist())
+    return sorted(found)

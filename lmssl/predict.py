@@ -1,0 +1,120 @@
+"""Predictions of a fine-tuned checkpoint for files or standard input, a JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lmssl import config
+from lmssl.data import corpus
+from lmssl.errors import UserError, did_you_mean
+
+CHUNK = 16
+"""Batches that are read before they are sorted by length and answered."""
+
+
+def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) -> tuple[Any, Any, Any]:
+    """(task, backbone, model) of a fine-tuned checkpoint.
+
+    Its recipe.yaml says which task and columns; a checkpoint without one needs the task's name.
+
+    Raises:
+        UserError: no checkpoint, no task named, another task than it was trained for.
+    """
+    import torch
+
+    from lmssl import models
+    from lmssl.tasks import make_task
+    from lmssl.tasks.base import Backbone
+
+    path = Path(checkpoint) / "recipe.yaml"
+    models.read_config(checkpoint, "CHECKPOINT")
+    sections: dict[str, Any] = {}
+    if path.is_file():
+        sections = config.parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        if "task" not in sections:
+            raise UserError(f"{checkpoint}: is a pretrained backbone, not a fine-tuned model; lmssl finetune makes one")
+        if task_name and task_name != sections["task"]["name"]:
+            raise UserError(f"--task: {checkpoint} was fine-tuned for {sections['task']['name']}, not {task_name}")
+    elif not task_name:
+        raise UserError(f"--task: {checkpoint} has no recipe.yaml that says what it was fine-tuned for; name the task")
+    sections = config.apply_overrides({"task": sections.get("task", {"name": task_name})}, overrides, ("task",))
+    task, backbone = make_task(sections["task"]), Backbone.load(checkpoint)
+    known = backbone.tokenizer.settings.get("model_max_length", 0)
+    names = getattr(backbone.config, "id2label", None) if task.classes else None
+    backbone = Backbone.load(checkpoint, known if 0 < known < 10**6 else None, [names[i] for i in sorted(names)] if names else ())
+    model = task.model(backbone, True, 0)
+    return task, backbone, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def examples(task: Any, files: Sequence[str]) -> Iterator[Any]:
+    """The inputs of files, or of standard input where there is none: lines of text, or of JSON objects."""
+    field = getattr(task, task.column) if task.column else None
+    sources = corpus.resolve(list(files), "FILE") if files else []
+    records: Iterable[corpus.Record] = (r for s in sources for r in _named(s, field)) if files else _stdin(field)
+    for record, where in records:
+        yield task.unlabelled(record, where)
+
+
+def _named(source: corpus.Source, field: str | None) -> Iterator[corpus.Record]:
+    for record, where in corpus.records(source):
+        if source.kind == "txt":
+            if field is None:
+                raise UserError(f"{where}: this task needs a question and a context; give .jsonl, .csv, .parquet or SQuAD .json")
+            record = {field: record["text"]}
+        yield record, where
+
+
+def _stdin(field: str | None) -> Iterator[corpus.Record]:
+    for number, raw in enumerate(sys.stdin.buffer, 1):
+        where = f"stdin:{number}"
+        try:
+            line = raw.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line") from None
+        if not line:
+            continue
+        if line.startswith("{") or field is None:
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{where}: not valid JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: expected a JSON object, one a line")
+            yield record, where
+        else:
+            yield {field: line}, where
+
+
+def predict(checkpoint: str, files: Sequence[str], *, task_name: str | None = None, overrides: Sequence[str] = (), batch: int = 32, quiet: bool = True) -> Iterator[dict[str, Any]]:
+    """The prediction for each input, in order.
+
+    Args:
+        checkpoint: folder or hub id of a fine-tuned model.
+        files: as `data.text` of a recipe; none: standard input.
+        task_name: needed where the checkpoint has no recipe.yaml.
+        overrides: `task.key=value`, for other column names.
+        batch: inputs at a time.
+
+    Yields:
+        {"where", ...}: what `predictions` of the task says.
+    """
+    from tqdm import tqdm
+
+    from lmssl.tasks import TASKS
+
+    if task_name is not None and task_name not in TASKS:
+        raise UserError(f"--task: no task '{task_name}'; {did_you_mean(task_name, TASKS)}")
+    if batch < 1:
+        raise UserError(f"--batch: {batch} must be at least 1")
+    task, backbone, model = load(checkpoint, task_name, overrides)
+    stream = examples(task, files)
+    with tqdm(unit="input", disable=quiet or None, leave=False) as bar:
+        while some := list(islice(stream, CHUNK * batch)):
+            for example, row in zip(some, task.predictions(model, backbone, some, batch), strict=True):
+                yield {"where": example.where, **row}
+            bar.update(len(some))

@@ -1,0 +1,106 @@
+"""Overlap between pretraining text and tests: found, counted, dropped."""
+
+import json
+import random
+
+import pytest
+
+from lmssl import tokenization
+from lmssl.cli import run
+from lmssl.data import contamination, tokens
+from lmssl.data.contamination import GRAM, Grams
+from lmssl.errors import UserError
+from lmssl.recipe import leak_check
+from lmssl.tasks.base import Example
+from tests.helpers import sentences, tokenizer
+
+
+def words(count, seed):
+    draw = random.Random(seed)
+    return [f"w{draw.randrange(10**6)}" for _ in range(count)]
+
+
+def naive(tests, documents):
+    """The same rule, by sets of tuples of words."""
+    seen = set()
+    for document in documents:
+        found = contamination.WORD.findall(document.lower())
+        for n in range(contamination.SHORTEST, GRAM + 1):
+            seen |= {tuple(found[i : i + n]) for i in range(len(found) - n + 1)}
+    hit = []
+    for k, test in enumerate(tests):
+        found = contamination.WORD.findall(test.lower())
+        n = min(GRAM, len(found))
+        if n >= contamination.SHORTEST and any(tuple(found[i : i + n]) in seen for i in range(len(found) - n + 1)):
+            hit.append(k)
+    return hit
+
+
+def test_equals_a_naive_search():
+    documents = sentences(60, seed=4)
+    tests = sentences(60, seed=5)
+    for k in range(0, 60, 3):  # plant pieces of 5 to 20 words
+        source = documents[k].split()
+        tests[k] = " ".join([*words(4, k), *source[: 5 + k % 16], *words(4, -k)])
+    for k in range(1, 60, 7):
+        tests[k] = documents[k].upper().replace(" ", " - ")
+    expected = naive(tests, documents)
+    assert contamination.leaked(tests, documents) == expected
+    assert 10 < len(expected) < 60
+
+
+def test_thirteen_words_are_needed():
+    text = words(40, 0)
+    grams = Grams([" ".join(text)])
+    assert grams.found_in(" ".join(["x", *text[5 : 5 + GRAM], "y"])).tolist() == [0]
+    assert not len(grams.found_in(" ".join(["x", *text[5 : 4 + GRAM], "y"])))
+
+
+def test_preparation_drops_the_offenders(tmp_path):
+    """`decontaminate` with a file, and with true against the held-out documents."""
+    own = [" ".join(words(30, k)) for k in range(50)]
+    leaks = [f"{own[k]} {' '.join(words(5, 1000 + k))}" for k in range(10)]
+    (tmp_path / "train.txt").write_text("\n".join([*own[10:], *leaks]))
+    (tmp_path / "test.txt").write_text("\n".join(own[:10]))
+    made = tokens.prepare(str(tmp_path / "train.txt"), tokenizer(), 0.1, str(tmp_path / "test.txt"), quiet=True)
+    assert made.manifest["decontaminated"] + made.manifest["held_out"]["documents"] >= 10
+    assert contamination.leaked(own[:10], made.texts()) == []
+    plain = tokens.prepare(str(tmp_path / "train.txt"), tokenizer(), 0.1, quiet=True)
+    assert contamination.leaked(own[:10], plain.texts())
+    (tmp_path / "both.txt").write_text("\n".join([*own, *(f"again {text}" for text in own)]))
+    made = tokens.prepare(str(tmp_path / "both.txt"), tokenizer(), 0.3, True, quiet=True)
+    assert made.manifest["decontaminated"]
+    assert contamination.leaked(made.held_out().texts(), made.texts()) == []
+
+
+def test_documents_come_back_as_text(tmp_path):
+    texts = sentences(700, seed=6)
+    made = tokens.from_iterable(texts, tokenizer(), tmp_path / "t", 0.0)
+    assert list(made.texts()) == list(dict.fromkeys(texts))
+
+
+def test_the_check_of_a_result(tmp_path, capsys):
+    """What the backbone was trained on is checked, not what its recipe held out."""
+    rows = [" ".join(words(30, k)) for k in range(80)]
+    (tmp_path / "text.txt").write_text("\n".join(rows))
+    recipe = tmp_path / "r.yaml"
+    sections = {
+        "data": {"text": str(tmp_path / "text.txt"), "tokenizer": "tokenizer_assets/bpe-8k", "seq_length": 32, "held_out": 0.2},
+        "model": {"architecture": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1},
+        "objective": {"name": "next_token"},
+        "trainer": {"output_dir": str(tmp_path / "run"), "max_steps": 1},
+    }
+    recipe.write_text(json.dumps(sections))
+    assert run(["pretrain", str(recipe)]) == 0, capsys.readouterr().err
+    found = leak_check(str(tmp_path / "run"), [Example(text, "", f"t:{k}") for k, text in enumerate([*rows, *sentences(5)])])
+    held = tokens.prepare(str(tmp_path / "text.txt"), tokenization.load("tokenizer_assets/bpe-8k"), 0.2, quiet=True).manifest["held_out"]["documents"]
+    assert found["checked"]
+    assert found["leaked"] == 80 - held
+    (tmp_path / "text.txt").unlink()
+    assert "not at hand" in leak_check(str(tmp_path / "run"), [Example("a", "", "")])["reason"]
+
+
+def test_a_bad_path_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UserError, match=r"data\.decontaminate: no such file"):
+        tokens.prepare(str(tmp_path), tokenizer(), 0.1, str(tmp_path / "x.txt"))

@@ -1,0 +1,136 @@
+"""Nine cells: three tasks, three families, each with its twin, its saved checkpoint and its predictions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from lmssl import tokenization
+from lmssl.cli import run
+from lmssl.predict import predict
+from lmssl.recipe import FinetuneRecipe, finetune
+from lmssl.tasks import base, curve, make_task
+from tests.helpers import small_model, token_set
+
+ARCHITECTURE = {"decoder": "llama", "encoder": "bert", "encoder-decoder": "t5"}
+LENGTH = 64
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A file for each task, made of the small vocabulary of the tests."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rng = np.random.default_rng(0)
+    things, kinds = ["film", "story", "plot", "actor", "scene", "ending", "music"], ["good", "bad", "dull", "warm", "slow", "weak"]
+    rows = {"sentiment": [], "translation": [], "qa": []}
+    for n in range(160):
+        picks = [(things[rng.integers(7)], kinds[rng.integers(6)]) for _ in range(int(rng.integers(2, 9)))]
+        text = " ".join(f"the {t} {n} was {k}." for t, k in picks)
+        rows["sentiment"].append({"text": f"{text} {'good' if n % 2 else 'bad'}", "label": n % 2})
+        rows["translation"].append({"source": " ".join(f"{k} {t}" for t, k in picks[:2]) + f" {n}", "target": " ".join(f"{t} {k}" for t, k in picks[:2])})
+        thing, kind = picks[-1]
+        start = text.rindex(kind)
+        rows["qa"].append({"id": f"q{n}", "context": text, "question": f"how was the {thing}", "answers": {"text": [kind], "answer_start": [start]}})
+    paths = {}
+    for task, some in rows.items():
+        paths[task] = folder / f"{task}.jsonl"
+        paths[task].write_text("".join(json.dumps(row) + "\n" for row in some))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def backbones(shared_dir, tmp_path_factory):
+    tokens, made = token_set(shared_dir), {}
+    for family, architecture in ARCHITECTURE.items():
+        made[family] = tmp_path_factory.mktemp(family)
+        small_model(architecture, tokens.vocab(), LENGTH).save_pretrained(made[family])
+        tokens.tokenizer.save(made[family])
+    return made
+
+
+def sections(task, source, data, out, **fields):
+    return {
+        "task": {"name": task, "labels": [20], "seeds": 2, **({"max_new_tokens": 8} if task == "translation" else {}), **fields},
+        "data": {"train": str(data[task]), "test": 12, "max_length": LENGTH},
+        "model": {"from": str(source)},
+        "trainer": {"output_dir": str(out), "max_steps": 2, "learning_rate": 1e-3, "bf16": False, "per_device_train_batch_size": 4},
+    }
+
+
+@pytest.mark.parametrize("family", ARCHITECTURE)
+@pytest.mark.parametrize("task", ["sentiment", "translation", "qa"])
+def test_cell(task, family, data, backbones, tmp_path):
+    out = tmp_path / "out"
+    metrics = finetune(FinetuneRecipe.of(sections(task, backbones[family], data, out)), quiet=True)
+    assert len(metrics["results"]) == 2 * 2
+    assert all(0 <= r["score"] <= 1 for r in metrics["results"])
+    assert metrics["summary"][0]["gain"]["interval"] is not None
+    assert metrics["leaks"] == {"checked": False, "reason": "the backbone has no recipe.yaml, so its text is not known"}
+    assert len(list((out / "predictions").glob("*-*-*.*"))) == 4
+    writer = "AutoModelForCausalLM" if family == "decoder" else "AutoModelForSeq2SeqLM"
+    auto = {"sentiment": "AutoModelForSequenceClassification", "qa": "AutoModelForQuestionAnswering", "translation": writer}[task]
+    _, info = getattr(transformers, auto).from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    # Predicting from the saved folder repeats what the run wrote of its test examples.
+    chosen = metrics["test_examples"]
+    file = next((out / "predictions").glob("20-pretrained-0.*"))
+    written = json.loads(file.read_text()).values() if task == "qa" else file.read_text().splitlines()
+    rows = list(predict(str(out), [str(data[task])], batch=8))
+    _, test = curve.labelled(make_task({"name": task}), str(data[task]), 12)
+    places = {e.where for e in test}
+    answers = [next(row[k] for k in ("label", "translation", "answer") if k in row) for row in rows if row["where"] in places]
+    assert len(answers) == chosen
+    assert answers == list(written)
+    namespace = {}
+    card = (out / "README.md").read_text()
+    exec(card.split("```python\n")[1].split("```")[0].replace("print(", "shown = ("), namespace)
+    assert "shown" in namespace
+
+
+def test_learning_rates_are_chosen_on_the_few_labels_alone(data, backbones, tmp_path, monkeypatch):
+    """Both inits, every count, the whole grid; seed 0; never a test example."""
+    asked = []
+    monkeypatch.setattr(curve.Curve, "_loss", lambda self, model, items: asked.append(items) or len(asked) % 3)
+    fields = {"labels": [8, 20], "learning_rates": [1e-4, 1e-3, 1e-2], "scratch_labels": [40], "seeds": 1}
+    metrics = finetune(FinetuneRecipe.of(sections("sentiment", backbones["decoder"], data, tmp_path / "out", **fields)), quiet=True)
+    assert {(t["labels"], t["init"]) for t in metrics["tuning"]} == {(8, "scratch"), (8, "pretrained"), (20, "scratch"), (20, "pretrained"), (40, "scratch")}
+    assert len(metrics["tuning"]) == 5 * 3
+    assert {len(items) for items in asked} == {2, 5, 10}, "a quarter of the few labels"
+    for labels, init in {(t["labels"], t["init"]) for t in metrics["tuning"]}:
+        best = min((t for t in metrics["tuning"] if (t["labels"], t["init"]) == (labels, init)), key=lambda t: t["validation_loss"])
+        assert {r["learning_rate"] for r in metrics["results"] if (r["labels"], r["init"]) == (labels, init)} == {best["learning_rate"]}
+    assert {r["labels"] for r in metrics["results"] if r["init"] == "scratch"} == {8, 20, 40}
+    assert {r["labels"] for r in metrics["results"] if r["init"] == "pretrained"} == {8, 20}
+    assert {row["labels"] for row in metrics["equivalence"]} == {8, 20}
+    assert {row["labels"] for row in metrics["baselines"]["tf-idf"]} == {8, 20}
+    assert run(["report", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "tf-idf" in page
+    assert "equivalent" in page
+
+
+def test_validation_split():
+    train, held = base.split_validation(list(range(20)), 0.25)
+    assert held == [3, 7, 11, 15, 19]
+    assert sorted(train + held) == list(range(20))
+    assert base.split_validation(list(range(2)), 0.25) == ([0], [1])
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_padding(multiple):
+    rows = [np.array([1, 2, 3]), np.array([4])]
+    right, left = base.padded(rows, 9, multiple), base.padded(rows, 9, multiple, left=True)
+    assert right.shape == left.shape == (2, 3 if multiple == 1 else 8)
+    assert right[1].tolist()[:3] == [4, 9, 9]
+    assert left[1].tolist()[-3:] == [9, 9, 4]
+    assert right.dtype == torch.int64
+
+
+def test_resolved_recipe_repeats_the_run(data, backbones, tmp_path):
+    first = finetune(FinetuneRecipe.of(sections("qa", backbones["encoder"], data, tmp_path / "a")), quiet=True)
+    again = FinetuneRecipe.load(tmp_path / "a" / "recipe.yaml", [f"trainer.output_dir={tmp_path / 'b'}"])
+    assert finetune(again, quiet=True)["results"] == first["results"]
+    assert tokenization.load(tmp_path / "a").settings["model_max_length"] == LENGTH

@@ -1,0 +1,67 @@
+"""Likelihoods: equal to the model's own numbers, however they are batched; ties are half."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from lmssl import likelihood, models
+from lmssl.cli import run
+from tests.helpers import sentences, small_model, token_set, tokenizer
+
+TEXTS = [" ".join(t.split()[: 3 + n]) for n, t in enumerate(sentences(8, seed=4))]
+
+
+def ids_of(texts):
+    return [ids[1:-1] for ids in tokenizer().encode(texts)]
+
+
+def test_decoder_equals_the_models_loss(shared_dir):
+    vocab = token_set(shared_dir).vocab()
+    model = small_model("gpt2", vocab, 64).eval()
+    values = likelihood.log_likelihoods(model, "decoder", ids_of(TEXTS), vocab)
+    for ids, value in zip(ids_of(TEXTS), values, strict=True):
+        row = torch.tensor([[vocab.bos, *ids.tolist()]])
+        assert value == pytest.approx(-model(input_ids=row, labels=row).loss.item() * len(ids), rel=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "by"), [("bert", ""), ("modernbert", ""), ("t5", "sentinel"), ("bart", "mask")])
+def test_pseudo_likelihood_one_token_at_a_time(architecture, by, shared_dir):
+    vocab = token_set(shared_dir).vocab()
+    model = small_model(architecture, vocab, 64).eval()
+    family = models.family_of(model.config)
+    values = likelihood.log_likelihoods(model, family, ids_of(TEXTS), vocab, by)
+    for ids, value in zip(ids_of(TEXTS)[:3], values, strict=False):
+        total, whole = 0.0, [vocab.bos, *ids.tolist(), vocab.eos]
+        for i in range(1, len(whole) - 1):
+            hole = int(vocab.sentinels[0]) if by == "sentinel" else vocab.mask
+            inputs = {"input_ids": torch.tensor([[*whole[:i], hole, *whole[i + 1 :]]])}
+            at = i
+            if family == "encoder-decoder":
+                decoder = [vocab.start, hole] if by == "sentinel" else [vocab.start, *whole[:-1]]
+                inputs["decoder_input_ids"], at = torch.tensor([decoder]), 1 if by == "sentinel" else i
+            with torch.no_grad():
+                total += model(**inputs).logits[0, at].log_softmax(-1)[whole[i]].item()
+        assert value == pytest.approx(total, abs=1e-4)
+
+
+def test_ties_are_half_and_never_right():
+    found = likelihood.preferred(np.array([-1.0, -2.0, -3.0, -4.0]), np.array([-1.0, -3.0, -2.0, -5.0]), ["a", "a", "b", "b"])
+    assert found["accuracy"] == 0.625
+    assert found["by_phenomenon"] == {"a": 0.75, "b": 0.5}
+    assert (found["ties"], found["mean_by_phenomenon"]) == (1, 0.625)
+
+
+def test_the_command(shared_dir, tmp_path, capsys):
+    tokens = token_set(shared_dir)
+    small_model("bert", tokens.vocab(), 64).save_pretrained(tmp_path)
+    tokens.tokenizer.save(tmp_path)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"sentence_good": a, "sentence_bad": b, "UID": "x"}) + "\n" for a, b in zip(TEXTS[:4], TEXTS[4:], strict=True)))
+    assert run(["evaluate", str(tmp_path), "--pairs", str(pairs)]) == 0
+    assert "of 4 minimal pairs right" in capsys.readouterr().out
+    assert json.loads((tmp_path / "metrics.json").read_text())["minimal_pairs"]["pairs"] == 4
+    pairs.write_text(json.dumps({"sentence_good": "a"}) + "\n")
+    assert run(["evaluate", str(tmp_path), "--pairs", str(pairs)]) == 2
+    assert ":1: no column 'sentence_bad'" in capsys.readouterr().err

@@ -1,0 +1,67 @@
+"""`lmssl predict`: files and standard input, and what it refuses."""
+
+import io
+import json
+import sys
+
+import pytest
+from transformers import AutoModelForSequenceClassification
+
+from lmssl.cli import run
+from tests.helpers import small_model, token_set
+
+
+@pytest.fixture(scope="module")
+def classifier(shared_dir, tmp_path_factory):
+    """A classifier without a recipe, as somebody else may have made it."""
+    tokens, folder = token_set(shared_dir), tmp_path_factory.mktemp("classifier")
+    small_model("bert", tokens.vocab(), 32).save_pretrained(folder / "backbone")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "backbone", id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})
+    model.save_pretrained(folder / "model")
+    tokens.tokenizer.save(folder / "model")
+    tokens.tokenizer.save(folder / "backbone")
+    return folder / "model"
+
+
+def test_files_and_standard_input_agree(classifier, tmp_path, monkeypatch, capsys):
+    lines = ["the film was good", "a dull plot", "warm and slow, truly"]
+    (tmp_path / "a.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "b.csv").write_text("id,review\n" + "".join(f'{n},"{line}"\n' for n, line in enumerate(lines)))
+    shown = []
+    for files in (["a.txt"], ["b.csv", "task.text=review"], []):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+        names = [str(tmp_path / f) if "=" not in f else f for f in files]
+        assert run(["predict", str(classifier), *names, "--task", "sentiment", "--batch", "2"]) == 0
+        shown.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert [row["where"] for row in shown[2]] == ["stdin:1", "stdin:2", "stdin:3"]
+    for rows in shown:
+        assert [{k: v for k, v in row.items() if k != "where"} for row in rows] == [{k: v for k, v in row.items() if k != "where"} for row in shown[0]]
+        assert all(row["label"] in ("bad", "good") and sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in rows)
+    assert run(["predict", str(classifier), str(tmp_path / "a.txt"), "--task", "sentiment", "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == shown[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "no recipe.yaml that says what it was fine-tuned for"),
+        (["--task", "sentimnt"], "did you mean 'sentiment'"),
+        (["--task", "sentiment", "nowhere.jsonl"], "no such file"),
+        (["--task", "sentiment", "task.txt=x"], "did you mean"),
+        (["--task", "sentiment", "--batch", "0"], "--batch: 0"),
+        (["--task", "qa", "LINES"], "a question and a context"),
+    ],
+)
+def test_refusals(args, message, classifier, tmp_path, capsys):
+    (tmp_path / "lines.txt").write_text("a film\n")
+    assert run(["predict", str(classifier), *(str(tmp_path / "lines.txt") if a == "LINES" else a for a in args)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+    assert run(["predict", str(classifier.parent / "nothing"), "--task", "qa"]) == 2
+
+
+def test_bad_lines(classifier, monkeypatch, capsys):
+    for raw, message in [(b"fine\n\xff\n", "stdin:2: not UTF-8"), (b"{broken\n", "stdin:1: not valid JSON"), (b'{"txt": "x"}\n', "no column 'text'")]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+        assert run(["predict", str(classifier), "--task", "sentiment"]) == 2
+        assert message in capsys.readouterr().err

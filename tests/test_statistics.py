@@ -1,0 +1,55 @@
+"""What scores say: paired gains, their interval, label equivalence."""
+
+import numpy as np
+import pytest
+
+from lmssl import statistics
+
+
+def results_of(scratch, pretrained):
+    """Results of {labels: [score of seed 0, 1, ...]}."""
+    table = {"scratch": scratch, "pretrained": pretrained}
+    return [{"labels": n, "init": init, "seed": seed, "score": v} for init, rows in table.items() for n, values in rows.items() for seed, v in enumerate(values)]
+
+
+def test_summary_is_paired():
+    (row,) = statistics.summary(results_of({10: [0.5, 0.6, 0.7], 99: [0.9]}, {10: [0.6, 0.7, 0.8]}))
+    assert row["gain"]["mean"] == pytest.approx(0.1)
+    assert row["gain"]["error"] == pytest.approx(0.0, abs=1e-12)
+    assert row["scratch"]["std"] == pytest.approx(0.1)
+    from scipy import stats
+
+    assert statistics.t_quantile(4) == pytest.approx(stats.t.ppf(0.975, 4), abs=1e-3)
+    rng = np.random.default_rng(0)
+    a, b = rng.random(5), rng.random(5)
+    (row,) = statistics.summary(results_of({10: a}, {10: b}))
+    expected = stats.ttest_rel(b, a).confidence_interval(0.95)
+    assert row["gain"]["interval"] == pytest.approx([expected.low, expected.high], abs=1e-3)
+
+
+def test_equivalence_on_a_known_curve():
+    """From scratch: 60% at 100, 70% at 1,000, linear in the logarithm; so 65% is worth 316 labels."""
+    scratch = {100: [0.6] * 3, 1000: [0.7] * 3, 4000: [0.69] * 3}
+    rows = {row["labels"]: row for row in statistics.equivalence(results_of(scratch, {20: [0.65] * 3, 50: [0.7] * 3, 100: [0.75] * 3, 10: [0.5] * 3}))}
+    assert rows[20]["equivalent"] == pytest.approx(10**2.5)
+    assert rows[20]["interval"] == pytest.approx([10**2.5] * 2)
+    assert rows[50]["equivalent"] == pytest.approx(1000), "the dip at 4,000 is no gain"
+    assert (rows[100]["equivalent"], rows[100]["beyond"]) == (4000, "above")
+    assert (rows[10]["equivalent"], rows[10]["beyond"]) == (100, "below")
+    assert statistics.in_words(rows[100]) == "over 4,000 [over 4,000, over 4,000]"
+
+
+def test_equivalence_interval_holds_the_truth():
+    """Noisy seeds around a known curve: the 95% interval holds the true value nearly always."""
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(40):
+        noise = lambda mean: (mean + rng.normal(0, 0.01, 8)).tolist()  # noqa: E731
+        scratch = {n: noise(0.5 + 0.1 * np.log10(n / 10)) for n in (10, 100, 1000, 10000)}
+        (row,) = statistics.equivalence(results_of(scratch, {100: noise(0.65)}), draws=400)
+        held += row["interval"][0] <= 10**2.5 <= row["interval"][1]
+    assert held >= 33
+
+
+def test_equivalence_needs_a_curve():
+    assert statistics.equivalence(results_of({10: [0.5]}, {10: [0.6]})) == []
+    assert statistics.equivalence(results_of({10: [0.5, 0.4], 20: [0.5]}, {10: [0.6, 0.6]})) == []
