@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 import lmssl
-from lmssl import tokenization
 from lmssl.data.stream import mix
-from lmssl.tasks.base import Collator, Example, Few
-from lmssl.tasks.sentiment import Sentiment
+from lmssl.tasks.base import Backbone, Few
+from lmssl.tasks.sentiment import Labelled, Sentiment
 from lmssl.trainer import ExactTrainer
 from tests.helpers import OBJECTIVE, arguments, first_step, sentences, small_model, token_set
 
@@ -20,17 +19,17 @@ SENTIMENT = {"decoder": "llama", "encoder": "modernbert", "encoder-decoder": "t5
 
 def save_backbones(shared: Path) -> None:
     """What the sentiment steps start from; saved before any process group exists."""
+    tokens = token_set(shared)
     for family, architecture in SENTIMENT.items():
-        small_model(architecture, token_set(shared).vocab()).save_pretrained(shared / family)
+        small_model(architecture, tokens.vocab()).save_pretrained(shared / family)
+        tokens.tokenizer.save(shared / family)
 
 
-def sentiment_step(family: str, tokens, micro: int, folder: Path, accumulate: int = 1) -> tuple[float, torch.Tensor]:
-    task, tokenizer = Sentiment(), tokenization.load(tokens.folder / "tokenizer")
-    examples = [Example(text, str(n % 2), "") for n, text in enumerate(sentences(16))]
-    items = task.encode(tokenizer, family, examples, ["0", "1"], 32)
-    model = task.model(str(folder), str(folder), ["0", "1"], 0)
+def sentiment_step(micro: int, folder: Path, accumulate: int = 1) -> tuple[float, torch.Tensor]:
+    task, backbone = Sentiment(), Backbone.load(str(folder), 32, ["0", "1"])
+    items = [item for (item,) in task.encode(backbone, [Labelled(text, str(n % 2), "") for n, text in enumerate(sentences(16))])]
     args = arguments(folder / "out", max_steps=1, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate, max_grad_norm=0.0)
-    return first_step(ExactTrainer(model, args, Few(items, mix(0), 8), Collator(tokens.vocab().pad), quiet=True))
+    return first_step(ExactTrainer(task.model(backbone, True, 0), args, Few(items, mix(0), 8), task.collator(backbone, 8), quiet=True))
 
 
 def main(shared: str, architectures: str, out: str, micro: str) -> None:
@@ -42,7 +41,7 @@ def main(shared: str, architectures: str, out: str, micro: str) -> None:
         assert trainer.args.world_size == world
         steps[name] = first_step(trainer)
     for family in SENTIMENT:
-        steps[f"sentiment {family}"] = sentiment_step(family, tokens, int(micro), Path(shared) / family)
+        steps[f"sentiment {family}"] = sentiment_step(int(micro), Path(shared) / family)
     if os.environ.get("RANK", "0") == "0":
         torch.save({"world": world, "steps": steps}, out)
 

@@ -75,7 +75,7 @@ def test_split_of_the_batch_changes_nothing(architecture, shared_dir, tmp_path):
 def test_split_of_a_fine_tuning_batch_changes_nothing(family, shared_dir):
     """The same for the classifier of each family."""
     save_backbones(shared_dir)
-    assert_same_step([sentiment_step(family, token_set(shared_dir), micro, shared_dir / family, accumulate) for micro, accumulate in [(8, 1), (4, 2), (1, 8)]])
+    assert_same_step([sentiment_step(micro, shared_dir / family, accumulate) for micro, accumulate in [(8, 1), (4, 2), (1, 8)]])
 
 
 def assert_same_step(results):

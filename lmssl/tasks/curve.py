@@ -117,6 +117,9 @@ class Curve:
     def run(self) -> dict[str, Any]:
         """Every run; {"task", "metric", "results": [{"labels", "init", "seed", "score", ...}], "summary", ...}."""
         begun, todo, results = time.time(), runs_of(self.task), list[dict[str, Any]]()
+        notes = self.task.notes(self.backbone, self.test)
+        if notes and not self.quiet and self.args.process_index == 0:
+            log.info("of the test examples: %s", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in notes.items()))
         for run in todo:
             items = self._few(run.seed)
             rate = self._rate(run)
@@ -143,7 +146,7 @@ class Curve:
             "results": results,
             "summary": summary(results),
             "equivalence": equivalence(results),
-            "notes": self.task.notes(self.backbone, self.test),
+            "notes": notes,
         }
         if self.task.classes and baseline.available():
             metrics["baselines"] = {"tf-idf": self._baseline()}
