@@ -38,7 +38,11 @@ OWNED_BY_TASKS = OWNED | {
 }
 """The same for fine-tuning."""
 
+OURS = {"optimizer": Literal["adamw", "muon"], "on_spike": Literal["warn", "stop"], "worker_timeout": float}
+"""Fields beside those of TrainingArguments (see lmssl.trainer.ExactTrainer)."""
+
 POSITIVE = (
+    "worker_timeout",
     "learning_rate",
     "max_steps",
     "per_device_train_batch_size",
@@ -53,11 +57,16 @@ NOT_NEGATIVE = ("weight_decay", "warmup_steps", "max_grad_norm", "seed", "datalo
 BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 
+def own(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a resolved section that ExactTrainer takes itself."""
+    return {k: values[k] for k in OURS}
+
+
 def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapping[str, str] = OWNED) -> dict[str, Any]:
     """The section with every value of its declared type and every default filled in.
 
     Args:
-        section: `TrainingArguments` fields and `optimizer`.
+        section: `TrainingArguments` fields and `OURS`.
         defaults: lmssl's own values for what is unset.
         owned: fields that are not to be set, and why.
 
@@ -73,8 +82,8 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
             raise UserError(f"trainer.{name}: not to be set: {owned[name]}")
     if isinstance(accelerator := section.get("accelerator_config"), dict) and {"split_batches", "dispatch_batches"} & set(accelerator):
         raise UserError("trainer.accelerator_config: split_batches and dispatch_batches are not to be set: item i of the stream belongs to one place in the batch")
-    config.check_keys(section, [*(fields - set(owned)), "optimizer"], "trainer")
-    values = {k: config.convert(v, Literal["adamw", "muon"] if k == "optimizer" else hints[k], f"trainer.{k}") for k, v in section.items()}
+    config.check_keys(section, [*(fields - set(owned)), *OURS], "trainer")
+    values = {k: config.convert(v, OURS.get(k) or hints[k], f"trainer.{k}") for k, v in section.items()}
     if "output_dir" not in values:
         raise UserError("trainer.output_dir: missing; name the folder of the run")
     _check_ranges(values)
@@ -121,7 +130,7 @@ def build(values: Mapping[str, Any]) -> TrainingArguments:
     from transformers import TrainingArguments
 
     try:
-        args = TrainingArguments(**{k: v for k, v in values.items() if k != "optimizer"})
+        args = TrainingArguments(**{k: v for k, v in values.items() if k not in OURS})
     except (ValueError, TypeError, ImportError, KeyError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())[:300]}") from error
     if not args.use_cpu and args.world_size > 1 and args.device.type == "cpu":
@@ -145,6 +154,8 @@ def pretrain_defaults() -> dict[str, Any]:
     """What an unset trainer field is in pretraining; never the Trainer's own 5e-5."""
     return {
         "optimizer": "muon",
+        "on_spike": "warn",
+        "worker_timeout": 300.0,
         "learning_rate": 3e-3,
         "lr_scheduler_type": "cosine",
         "weight_decay": 0.1,
@@ -163,6 +174,8 @@ def finetune_defaults() -> dict[str, Any]:
     """What an unset trainer field is in fine-tuning; the number of steps follows from the number of labels."""
     return {
         "optimizer": "adamw",
+        "on_spike": "warn",
+        "worker_timeout": 300.0,
         "learning_rate": 5e-4,
         "lr_scheduler_type": "linear",
         "weight_decay": 0.01,

@@ -42,6 +42,12 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _signed(body: dict[str, Any]) -> str:
+    """The manifest's text: the body, and the sha256 of the body's own text."""
+    text = json.dumps(body, indent=1)
+    return json.dumps({**body, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
+
+
 def seal(folder: Path, facts: dict[str, Any]) -> None:
     """Write the manifest of a finished folder, last of all, and force everything to disk.
 
@@ -53,9 +59,9 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
     hashes = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
     for path in files:
         _sync(path)
-    (folder / MANIFEST).write_text(json.dumps({**facts, "files": hashes}, indent=1) + "\n", encoding="utf-8")
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    (folder / MANIFEST).write_text(_signed({**facts, "files": hashes}), encoding="utf-8")
+    for path in (folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder):
+        _sync(path)
 
 
 def publish(stage: Path, target: Path) -> None:
@@ -79,16 +85,22 @@ def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a whole checkpoint.
 
     Raises:
-        Damaged: no manifest, a file missing, of another size or content, or weights that are not finite.
+        Damaged: no manifest, one of another step, a file missing, of another size or content, or weights that are
+            not finite.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        signed = _signed({k: v for k, v in manifest.items() if k != "sha256"})
     except FileNotFoundError:
         raise Damaged(f"{folder.name}/{MANIFEST} is missing: the save did not finish") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, AttributeError, OSError) as error:
         raise Damaged(f"{folder.name}/{MANIFEST} cannot be read: {error}") from None
-    for name, expected in files.items():
+    if signed != text:
+        raise Damaged(f"{folder.name}/{MANIFEST} differs from its own sha256")
+    if step_of(folder) not in (-1, manifest["step"]):
+        raise Damaged(f"{folder.name}/{MANIFEST} is of step {manifest['step']}")
+    for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise Damaged(f"{folder.name}/{name} is missing")

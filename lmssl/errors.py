@@ -1,7 +1,8 @@
 """The three ways a run ends early, each with the exit status the command line gives it."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(Exception):
@@ -22,6 +23,24 @@ class Interrupted(Exception):
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+@contextlib.contextmanager
+def written(what: str, stop: Callable[[str], Exception] = Stopped) -> Iterator[None]:
+    """Turn whatever a full or failing disk raises inside into one line: "WHAT cannot be written: REASON".
+
+    torch.save says RuntimeError and safetensors an error of its own where Python says OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise stop(f"{what} cannot be written: {error.strerror or error}") from error
+    except Exception as error:
+        text = " ".join(str(error).split())
+        foreign = type(error).__module__.startswith("safetensors") or isinstance(error, RuntimeError)
+        if foreign and any(word in text.lower() for word in ("write", "space", "too large", "os error")):
+            raise stop(f"{what} cannot be written: {text[:200]}") from error
+        raise
 
 
 def did_you_mean(name: object, choices: Iterable[str]) -> str:

@@ -174,7 +174,7 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     values = arguments.with_steps(values, rows)
     args = arguments.build(values)
     model = models.build(recipe.model, token_set.vocab(_start(recipe)), objective, recipe.data.seq_length, args.seed)
-    trainer = PretrainTrainer(model, objective, token_set, args, recipe.data.seq_length, values["optimizer"], quiet)
+    trainer = PretrainTrainer(model, objective, token_set, args, recipe.data.seq_length, quiet=quiet, **arguments.own(values))
     point = trainer.resume_point(accept) if resume else None
     resolved = {"data": dataclasses.asdict(recipe.data), "model": recipe.model, "objective": fields_of(objective), "trainer": values}
     resolved["data"]["tokenizer"] = recipe.data.tokenizer or str(recipe.model["from"])

@@ -8,8 +8,6 @@ import math
 import os
 import shutil
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,50 +17,19 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from lmssl import checkpoints, models
-from lmssl.data.stream import Collator, Stream, count_tokens, mix
+from lmssl.data.stream import Collator, Stream, count_tokens
 from lmssl.data.tokens import TokenSet
-from lmssl.errors import Interrupted, Stopped, UserError
+from lmssl.errors import Interrupted, Stopped, UserError, written
 from lmssl.evaluation import held_out, held_out_stream
 from lmssl.objectives import fields_of
 from lmssl.objectives.base import Objective, token_loss
 from lmssl.optimizers import MuonAdamW, muon_groups
+from lmssl.watch import Clock, Guard, Progress, of_the_data
 
 log = logging.getLogger("lmssl")
-
-
-class Clock:
-    """Training wall-clock: runs between start and stop, but not inside `paused`."""
-
-    def __init__(self) -> None:
-        self.training, self.other, self.steps = 0.0, {"evaluation": 0.0, "saving": 0.0, "first_step": 0.0}, 0
-        self._since: float | None = None
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def stop(self) -> None:
-        if self._since is not None:
-            self.training += time.perf_counter() - self._since
-        self._since = None
-
-    @property
-    def seconds(self) -> float:
-        return self.training + (time.perf_counter() - self._since if self._since is not None else 0.0)
-
-    @contextlib.contextmanager
-    def paused(self, kind: str) -> Iterator[None]:
-        """Time spent inside counts as `kind`, not as training."""
-        running, begin = self._since is not None, time.perf_counter()
-        self.stop()
-        try:
-            yield
-        finally:
-            self.other[kind] += time.perf_counter() - begin
-            if running:
-                self.start()
 
 
 class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
@@ -82,6 +49,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         optimizer: "adamw" (TrainingArguments' `optim`) or "muon".
         identity: what a resumed run must find unchanged.
         quiet: no progress.
+        on_spike: "warn" of a gradient that is `SPIKE` times the usual, or "stop" before it is applied.
+        worker_timeout: seconds without a batch after which a data worker counts as hanging.
     """
 
     def __init__(
@@ -93,9 +62,12 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         optimizer: str = "adamw",
         identity: dict[str, Any] | None = None,
         quiet: bool = False,
+        on_spike: str = "warn",
+        worker_timeout: float = 300,
     ):
         args.train_sampling_strategy = "sequential"
-        args.remove_unused_columns = args.logging_nan_inf_filter = args.ignore_data_skip = False
+        args.remove_unused_columns = args.logging_nan_inf_filter = False
+        args.ignore_data_skip = True  # the sampler begins where a checkpoint ended
         args.save_total_limit, args.average_tokens_across_devices = None, True
         args.disable_tqdm = True
         # accelerate's bf16 widens every output to float32: at a vocabulary of 8k that copy costs a quarter of the
@@ -109,16 +81,20 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.remove_callback(callback)
         self.optimizer_kind, self.identity, self.quiet = optimizer, identity or {}, quiet
+        self.on_spike, self.worker_timeout = on_spike, worker_timeout
         self.clock, self.tokens_seen, self.curve = Clock(), 0, list[dict[str, float]]()
         self._tokens_before = 0  # counted by all ranks before this resume
         self._stage: Path | None = None
+        self._begin, self._any_label = 0, False
         self._known_good: set[str] = set()
-        self.guard = _Guard(self)
+        self.guard = Guard(self)
         self.add_callback(self.guard)
         self.add_callback(Progress(self))
 
     optimizer: Any
     control: Any
+    gradient_norm: Any
+    """Of the last step, before clipping."""
 
     @property
     def global_batch(self) -> int:
@@ -133,11 +109,37 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one optimizer step, and the number of labels in all of them on all ranks."""
-        batches = list(islice(epoch_iterator, num_batches))
+        try:
+            batches = list(islice(epoch_iterator, num_batches))
+        except (UserError, Stopped):
+            raise
+        except Exception as error:
+            raise self.stopped(f"the data of step {self.state.global_step + 1} cannot be made: {of_the_data(error)}") from error
         count = torch.stack([(b["labels"] != -100).sum() for b in batches]).sum() if batches else torch.tensor(0)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count.to(device)).sum()
+        if batches and not self._any_label:
+            # Of a token set and an objective that never ask anything, no loss would ever say so.
+            if not count:
+                raise UserError(f"data: none of the {sum(b['labels'].numel() for b in batches)} labels of the first step asks anything (all are -100)")
+            self._any_label = True
         return batches, count.to(device).clamp(min=1)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`; the stream is entered at the checkpoint's step by arithmetic, not read up to it."""
+        self._begin = 0
+        if isinstance(resume_from_checkpoint, str):
+            self._begin = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json")).global_step * self.global_batch
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        return _Onwards(self._begin, len(self.train_dataset))  # type: ignore[arg-type]
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        if self.args.dataloader_num_workers:
+            getattr(loader, "base_dataloader", loader).timeout = self.worker_timeout
+        return loader
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack = super().compute_loss_context_manager()
@@ -150,6 +152,10 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.guard.losses.append(loss)
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        self.gradient_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.gradient_norm
 
     def count(self, inputs: dict[str, Any]) -> int:
         """Non-padding input tokens of a micro-batch."""
@@ -168,30 +174,29 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         with self.clock.paused("saving"):
             self._stage = root / f".staging-{step}"
             try:
-                if self.is_world_process_zero():
-                    shutil.rmtree(self._stage, ignore_errors=True)
-                self.accelerator.wait_for_everyone()
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                facts = self._facts()  # sums over ranks, so every rank must ask
-                if self.is_world_process_zero():
-                    staged = self._stage / f"checkpoint-{step}"
-                    (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe says it all
-                    checkpoints.seal(staged, facts)
-                    checkpoints.publish(staged, root / staged.name)
-                    self._known_good.add(staged.name)
-                    checkpoints.rotate(root, self._known_good)
-            except OSError as error:
-                raise self.stopped(f"checkpoint {step} cannot be written: {error.strerror or error}") from error
-            except RuntimeError as error:  # torch.save and safetensors report a full disk this way
-                if "write" in str(error).lower() or "space" in str(error).lower() or "large" in str(error).lower():
-                    raise self.stopped(f"checkpoint {step} cannot be written: {str(error).splitlines()[0]}") from error
-                raise
+                with written(f"checkpoint {step}", self.stopped):
+                    self._staged_save(model, trial, root)
             finally:
                 if self.is_world_process_zero():
                     shutil.rmtree(self._stage, ignore_errors=True)
                 self._stage = None
             self.accelerator.wait_for_everyone()
+
+    def _staged_save(self, model: Any, trial: Any, root: Path) -> None:
+        assert self._stage is not None
+        if self.is_world_process_zero():
+            shutil.rmtree(self._stage, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        facts = self._facts()  # sums over ranks, so every rank must ask
+        if self.is_world_process_zero():
+            staged = self._stage / f"checkpoint-{self.state.global_step}"
+            (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe says it all
+            checkpoints.seal(staged, facts)
+            checkpoints.publish(staged, root / staged.name)
+            self._known_good.add(staged.name)
+            checkpoints.rotate(root, self._known_good)
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -201,6 +206,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             "seconds": self.clock.seconds,
             "other_seconds": self.clock.other,
             "curve": self.curve,
+            "norms": list(self.guard.norms),
         }
 
     def _total_tokens(self) -> int:
@@ -243,6 +249,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self._known_good.add(path.name)
         self.tokens_seen = self._tokens_before = manifest["tokens"]
         self.clock.training, self.clock.other, self.curve = manifest["seconds"], manifest["other_seconds"], manifest["curve"]
+        self.guard.norms.extend(manifest["norms"])
         return path
 
     def run(self, resume: Path | None = None) -> None:
@@ -260,117 +267,22 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             raise Interrupted(f"{name}: saved {where}; --resume continues there", self.guard.signum)
 
 
+class _Onwards(torch.utils.data.Sampler[int]):
+    """Items `begin`, `begin` + 1, ... of a stream; its length is the whole stream's, from which steps are counted."""
+
+    def __init__(self, begin: int, length: int):
+        self.begin, self.length = begin, length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.begin, self.length))
+
+    def __len__(self) -> int:
+        return self.length
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-class _Guard(TrainerCallback):
-    """Seeds each step's dropout, stops at what is not finite, and turns signals into a save at the step's end."""
-
-    def __init__(self, trainer: ExactTrainer):
-        self.trainer, self.signum, self.losses = trainer, 0, list[Tensor]()
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.losses.clear()
-        torch.manual_seed(mix(args.seed, state.global_step, args.process_index) >> 1)
-
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        grads = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-        norm = torch.stack([n.float() for n in torch._foreach_norm(grads)]).norm() if grads else torch.tensor(0.0)
-        values = torch.stack([norm, *(loss.float().reshape(()).to(norm.device) for loss in self.losses)])
-        bad = (~torch.isfinite(values)).any().double().reshape(1)
-        if self.trainer._sum(bad.cpu()).item():
-            step, batch = state.global_step, self.trainer.global_batch
-            what = "the loss" if not torch.isfinite(values[1:]).all() else "the gradient"
-            raise self.trainer.stopped(f"{what} of step {step + 1} is not finite (items {step * batch} to {(step + 1) * batch - 1} of the stream); no update was made")
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        signum = self.signum
-        if args.world_size > 1:
-            signum = int(self.trainer._sum(torch.tensor([float(signum)], dtype=torch.float64)).item() / args.world_size)
-            signum = self.signum or (signal.SIGTERM if signum else 0)
-        if signum:
-            self.signum, control.should_save, control.should_training_stop = signum, True, True
-
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT set a flag; a second one of the same kind ends the process the ordinary way."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def remember(signum: int, frame: Any) -> None:
-            self.signum = signum
-            signal.signal(signum, before[signal.Signals(signum)])
-            log.warning("%s: saving at the end of this step", signal.Signals(signum).name)
-
-        before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-        for s in before:
-            signal.signal(s, remember)
-        try:
-            yield
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
-
-
-class Progress(TrainerCallback):
-    """Loss, tokens a second and time left; a bar on a terminal, lines elsewhere. Keeps the curve for the report."""
-
-    def __init__(self, trainer: ExactTrainer):
-        self.trainer, self.begun, self.compiling = trainer, (0.0, 0, 0), True
-        self.bar: Any = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        from tqdm import tqdm
-
-        self.begun = (self.trainer.clock.seconds, self.trainer.tokens_seen, state.global_step)
-        self.trainer.clock.start()
-        if state.is_world_process_zero and not self.trainer.quiet:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=None, unit="step", leave=False)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        clock = self.trainer.clock
-        if args.torch_compile and self.compiling:
-            self.compiling = False
-            # The first step compiles; its time stands beside the training time, not in it.
-            spent = clock.seconds - self.begun[0]
-            clock.training -= spent
-            clock.other["first_step"] += spent
-            self.begun = (clock.seconds, self.trainer.tokens_seen, state.global_step)
-        if self.bar:
-            self.bar.update(1)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        logs, trainer = logs or {}, self.trainer
-        seconds, tokens = trainer.clock.seconds - self.begun[0], trainer.tokens_seen - self.begun[1]
-        speed = tokens * args.world_size / seconds if seconds > 0 else 0.0
-        if "loss" in logs:
-            trainer.curve.append({"step": state.global_step, "loss": float(logs["loss"]), "tokens_per_second": round(speed, 1)})
-            steps = state.global_step - self.begun[2]
-            left = (state.max_steps - state.global_step) * seconds / steps if steps else 0.0
-            self._say(state, f"loss {float(logs['loss']):.4f}  lr {logs.get('learning_rate', 0):.2e}  {speed:,.0f} tokens/s  {_minutes(left)} left")
-        elif "eval_loss" in logs:
-            trainer.curve.append({"step": state.global_step, "held_out_loss": logs["eval_loss"], "bits_per_byte": logs["eval_bits_per_byte"]})
-            self._say(state, f"held-out loss {logs['eval_loss']:.4f}  {logs['eval_bits_per_byte']:.4f} bits per byte")
-
-    def _say(self, state: TrainerState, text: str) -> None:
-        if not state.is_world_process_zero or self.trainer.quiet:
-            return
-        if self.bar is not None and not self.bar.disable:
-            self.bar.set_postfix_str(text)
-        else:
-            log.info("step %d/%d  %s", state.global_step, state.max_steps, text)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.clock.stop()
-        if self.bar:
-            self.bar.close()
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
 
 
 class PretrainTrainer(ExactTrainer):
@@ -383,6 +295,7 @@ class PretrainTrainer(ExactTrainer):
         args: TrainingArguments; `max_steps` must be set.
         seq_length: tokens the model reads; None takes the positions of the model.
         optimizer: "adamw" or "muon".
+        on_spike, worker_timeout: as `ExactTrainer`.
 
     Raises:
         UserError: a model of a family that the objective cannot train, a tokenizer that lacks what it needs, a
@@ -398,6 +311,8 @@ class PretrainTrainer(ExactTrainer):
         seq_length: int | None = None,
         optimizer: str = "adamw",
         quiet: bool = False,
+        on_spike: str = "warn",
+        worker_timeout: float = 300,
     ):
         section = fields_of(objective)
         family = models.check_family(model.config, objective, section["name"])
@@ -418,7 +333,7 @@ class PretrainTrainer(ExactTrainer):
         collator = Collator(objective, length, family, stream.vocab.pad)
         identity = train_dataset.identity | {"objective": section, "seed": args.seed, "batch": batch, "seq_length": length, "threads": torch.get_num_threads()}
         identity |= {"bf16": bool(args.bf16), "torch_compile": bool(args.torch_compile)}
-        super().__init__(models.prepare(model), args, stream, collator, optimizer, identity, quiet)
+        super().__init__(models.prepare(model), args, stream, collator, optimizer, identity, quiet, on_spike, worker_timeout)
         self.held_out_stream = held_out_stream(stream, length, self.start)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]

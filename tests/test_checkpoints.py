@@ -35,8 +35,6 @@ DAMAGE = {
 def test_damage_is_found_and_the_older_one_taken(tmp_path, name, kind):
     make(tmp_path, 1)
     DAMAGE[kind](make(tmp_path, 2) / name)
-    if name == checkpoints.MANIFEST and kind == "one bit":
-        return  # a flipped final newline leaves the same manifest
     with pytest.raises(Damaged, match=name):
         verify(tmp_path / "checkpoint-2")
     path, manifest, rejected = newest(tmp_path)

@@ -191,7 +191,7 @@ class Curve:
         args.seed, args.learning_rate = run.seed, rate
         items = [item for some in few for item in some]
         stream = Few(items, mix(run.seed, 1) >> 1, args.max_steps * arguments.global_batch(values))
-        self.trainer = ExactTrainer(model, args, stream, self.collate, values["optimizer"], quiet=True)
+        self.trainer = ExactTrainer(model, args, stream, self.collate, quiet=True, **arguments.own(values))
         self.trainer.run()
         return adapters.merge(model, method), args.max_steps
 

@@ -1,0 +1,202 @@
+"""What watches a run: its clock, its progress, and the guard that stops it before a bad update and at a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import statistics
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lmssl.data.stream import mix
+
+if TYPE_CHECKING:
+    from lmssl.trainer import ExactTrainer
+
+log = logging.getLogger("lmssl")
+
+SPIKE = 20.0
+"""A gradient norm this many times the median of the last 64 steps is a spike; 16 steps must have been seen."""
+
+
+class Clock:
+    """Training wall-clock: runs between start and stop, but not inside `paused`."""
+
+    def __init__(self) -> None:
+        self.training, self.other, self.steps = 0.0, {"evaluation": 0.0, "saving": 0.0, "first_step": 0.0}, 0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._since is not None:
+            self.training += time.perf_counter() - self._since
+        self._since = None
+
+    @property
+    def seconds(self) -> float:
+        return self.training + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
+    @contextlib.contextmanager
+    def paused(self, kind: str) -> Iterator[None]:
+        """Time spent inside counts as `kind`, not as training."""
+        running, begin = self._since is not None, time.perf_counter()
+        self.stop()
+        try:
+            yield
+        finally:
+            self.other[kind] += time.perf_counter() - begin
+            if running:
+                self.start()
+
+
+class Guard(TrainerCallback):
+    """Seeds each step's dropout, stops at what is not finite, and turns signals into a save at the step's end."""
+
+    def __init__(self, trainer: ExactTrainer):
+        self.trainer, self.signum, self.losses = trainer, 0, list[Tensor]()
+        self.norms: deque[float] = deque(maxlen=64)
+        """Gradient norms of the last steps, before clipping."""
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.losses.clear()
+        torch.manual_seed(mix(args.seed, state.global_step, args.process_index) >> 1)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The norm before clipping: after it, one that overflowed has become zeros.
+        norm = torch.as_tensor(self.trainer.gradient_norm, dtype=torch.float32)
+        values = torch.stack([norm, *(loss.float().reshape(()).to(norm.device) for loss in self.losses)])
+        bad = (~torch.isfinite(values)).any().double().reshape(1)
+        if self.trainer._sum(bad.cpu()).item():
+            what = "the loss" if not torch.isfinite(values[1:]).all() else "the gradient"
+            raise self.trainer.stopped(f"{what} of {self._step(state)} is not finite; no update was made; {self._replay(state)}")
+        size = float(norm)
+        usual = statistics.median(self.norms) if len(self.norms) >= 16 else math.inf
+        self.norms.append(size)
+        if size > SPIKE * usual:
+            what = f"the gradient of {self._step(state)} is {size / usual:.0f} times the usual ({size:.3g} against {usual:.3g})"
+            if self.trainer.on_spike == "stop":
+                raise self.trainer.stopped(f"{what}; no update was made; {self._replay(state)}")
+            log.warning("%s; %s", what, self._replay(state))
+
+    def _step(self, state: TrainerState) -> str:
+        step, batch = state.global_step, self.trainer.global_batch
+        return f"step {step + 1} (items {step * batch} to {(step + 1) * batch - 1} of the stream)"
+
+    def _replay(self, state: TrainerState) -> str:
+        more = f" --batch {self.trainer.global_batch}" if self.trainer.args.world_size > 1 else ""
+        return f"its rows: lmssl show {Path(self.trainer.args.output_dir) / 'recipe.yaml'} --at-step {state.global_step + 1}{more}"
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        signum = self.signum
+        if args.world_size > 1:
+            signum = int(self.trainer._sum(torch.tensor([float(signum)], dtype=torch.float64)).item() / args.world_size)
+            signum = self.signum or (signal.SIGTERM if signum else 0)
+        if signum:
+            self.signum, control.should_save, control.should_training_stop = signum, True, True
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT set a flag; a second one of the same kind ends the process the ordinary way."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def remember(signum: int, frame: Any) -> None:
+            self.signum = signum
+            signal.signal(signum, before[signal.Signals(signum)])
+            log.warning("%s: saving at the end of this step", signal.Signals(signum).name)
+
+        before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        for s in before:
+            signal.signal(s, remember)
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+
+class Progress(TrainerCallback):
+    """Loss, tokens a second and time left; a bar on a terminal, lines elsewhere. Keeps the curve for the report."""
+
+    def __init__(self, trainer: ExactTrainer):
+        self.trainer, self.begun, self.compiling = trainer, (0.0, 0, 0), True
+        self.bar: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        from tqdm import tqdm
+
+        self.begun = (self.trainer.clock.seconds, self.trainer.tokens_seen, state.global_step)
+        self.trainer.clock.start()
+        if state.is_world_process_zero and not self.trainer.quiet:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=None, unit="step", leave=False)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        clock = self.trainer.clock
+        if args.torch_compile and self.compiling:
+            self.compiling = False
+            # The first step compiles; its time stands beside the training time, not in it.
+            spent = clock.seconds - self.begun[0]
+            clock.training -= spent
+            clock.other["first_step"] += spent
+            self.begun = (clock.seconds, self.trainer.tokens_seen, state.global_step)
+        if self.bar:
+            self.bar.update(1)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        logs, trainer = logs or {}, self.trainer
+        seconds, tokens = trainer.clock.seconds - self.begun[0], trainer.tokens_seen - self.begun[1]
+        speed = tokens * args.world_size / seconds if seconds > 0 else 0.0
+        if "loss" in logs:
+            trainer.curve.append({"step": state.global_step, "loss": float(logs["loss"]), "tokens_per_second": round(speed, 1)})
+            steps = state.global_step - self.begun[2]
+            left = (state.max_steps - state.global_step) * seconds / steps if steps else 0.0
+            self._say(state, f"loss {float(logs['loss']):.4f}  lr {logs.get('learning_rate', 0):.2e}  {speed:,.0f} tokens/s  {_minutes(left)} left")
+        elif "eval_loss" in logs:
+            trainer.curve.append({"step": state.global_step, "held_out_loss": logs["eval_loss"], "bits_per_byte": logs["eval_bits_per_byte"]})
+            self._say(state, f"held-out loss {logs['eval_loss']:.4f}  {logs['eval_bits_per_byte']:.4f} bits per byte")
+
+    def _say(self, state: TrainerState, text: str) -> None:
+        if not state.is_world_process_zero or self.trainer.quiet:
+            return
+        if self.bar is not None and not self.bar.disable:
+            self.bar.set_postfix_str(text)
+        else:
+            log.info("step %d/%d  %s", state.global_step, state.max_steps, text)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.clock.stop()
+        if self.bar:
+            self.bar.close()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+
+def of_the_data(error: Exception) -> str:
+    """What went wrong in the stream or one of its workers: what, and where in the code."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    inside = [line for line in lines if line.startswith("File ")]
+    if not inside:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        inside = [f'File "{at.filename}", line {at.lineno}']
+    text = lines[-1] if lines else type(error).__name__
+    if "timed out" in text:
+        return f"{text}: a data worker hangs (trainer.worker_timeout sets the seconds to wait)"
+    if "exited unexpectedly" in text or "killed by signal" in text:
+        return text
+    return f"{text if type(error).__name__ in text else f'{type(error).__name__}: {text}'} ({inside[-1].removesuffix(', in fetch')})"
