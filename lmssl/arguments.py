@@ -182,7 +182,7 @@ def finetune_defaults() -> dict[str, Any]:
         "max_grad_norm": 1.0,
         "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 64,
-        "save_strategy": "no",
+        "save_steps": 500,
         "logging_strategy": "no",
         "report_to": "none",
         **hardware_defaults(),

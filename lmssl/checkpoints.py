@@ -26,7 +26,8 @@ class Damaged(Exception):
     """A checkpoint that must not be resumed from: the file and what is wrong with it."""
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(2**20):
@@ -34,7 +35,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -48,6 +50,36 @@ def _signed(body: dict[str, Any]) -> str:
     return json.dumps({**body, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
 
 
+def write_signed(path: Path, body: dict[str, Any]) -> None:
+    """A JSON file that carries its own sha256; whole, and on disk, or as it was before."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(_signed(body), encoding="utf-8")
+    sync(beside)
+    beside.replace(path)
+    sync(path.parent)
+
+
+def read_signed(path: Path) -> dict[str, Any]:
+    """The body of a file that `write_signed` wrote.
+
+    Raises:
+        Damaged: missing, not JSON, or not what its sha256 says.
+    """
+    name = f"{path.parent.name}/{path.name}"
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        body = {k: v for k, v in value.items() if k != "sha256"}
+        signed = _signed(body)
+    except FileNotFoundError:
+        raise Damaged(f"{name} is missing: the save did not finish") from None
+    except (ValueError, AttributeError, OSError) as error:
+        raise Damaged(f"{name} cannot be read: {error}") from None
+    if signed != text:
+        raise Damaged(f"{name} differs from its own sha256")
+    return body
+
+
 def seal(folder: Path, facts: dict[str, Any]) -> None:
     """Write the manifest of a finished folder, last of all, and force everything to disk.
 
@@ -56,12 +88,12 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
         facts: what a resume must know: step, identity of the run, tokens and seconds so far.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    hashes = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    hashes = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
     for path in files:
-        _sync(path)
-    (folder / MANIFEST).write_text(_signed({**facts, "files": hashes}), encoding="utf-8")
-    for path in (folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder):
-        _sync(path)
+        sync(path)
+    for path in (p for p in folder.rglob("*") if p.is_dir()):
+        sync(path)
+    write_signed(folder / MANIFEST, {**facts, "files": hashes})
 
 
 def publish(stage: Path, target: Path) -> None:
@@ -71,7 +103,7 @@ def publish(stage: Path, target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
     stage.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     remove(aside)
 
 
@@ -88,16 +120,7 @@ def verify(folder: Path) -> dict[str, Any]:
         Damaged: no manifest, one of another step, a file missing, of another size or content, or weights that are
             not finite.
     """
-    try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-        manifest = json.loads(text)
-        signed = _signed({k: v for k, v in manifest.items() if k != "sha256"})
-    except FileNotFoundError:
-        raise Damaged(f"{folder.name}/{MANIFEST} is missing: the save did not finish") from None
-    except (ValueError, AttributeError, OSError) as error:
-        raise Damaged(f"{folder.name}/{MANIFEST} cannot be read: {error}") from None
-    if signed != text:
-        raise Damaged(f"{folder.name}/{MANIFEST} differs from its own sha256")
+    manifest = read_signed(folder / MANIFEST)
     if step_of(folder) not in (-1, manifest["step"]):
         raise Damaged(f"{folder.name}/{MANIFEST} is of step {manifest['step']}")
     for name, expected in manifest["files"].items():
@@ -106,7 +129,7 @@ def verify(folder: Path) -> dict[str, Any]:
             raise Damaged(f"{folder.name}/{name} is missing")
         if path.stat().st_size != expected["bytes"]:
             raise Damaged(f"{folder.name}/{name} has {path.stat().st_size} bytes, expected {expected['bytes']}")
-        if _sha256(path) != expected["sha256"]:
+        if sha256(path) != expected["sha256"]:
             raise Damaged(f"{folder.name}/{name} differs from its sha256")
     for path in folder.glob("*.safetensors"):
         if name := _non_finite(path):

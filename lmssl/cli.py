@@ -50,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
     sub.add_argument("--accept", action="append", default=[], metavar="KEY", help="resume although KEY (seed, batch, data, ...) changed")
     sub = verb("finetune", _finetune, "Fine-tune on few labels, beside the same model from scratch.", "RECIPE")
+    sub.add_argument("--resume", action="store_true", help="keep the finished runs of the folder and go on with the others")
+    sub.add_argument("--accept", action="append", default=[], metavar="KEY", help="resume although KEY (trainer.learning_rate, data.test, ...) changed")
     sub.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
     sub = verb("predict", _predict, "Predictions of a fine-tuned checkpoint, a JSON object a line.", "CHECKPOINT")
     sub.add_argument("--task", help="sentiment, translation or qa; read from the checkpoint's recipe.yaml where there is one")
@@ -77,6 +79,7 @@ def run(argv: Sequence[str] | None = None) -> int:
             parser().error(f"unrecognized argument: {item}")
         options.overrides.append(item)
     _quiet_libraries()
+    _end_politely()
     try:
         options.run(options)
     except (UserError, Stopped, Interrupted) as error:
@@ -84,9 +87,9 @@ def run(argv: Sequence[str] | None = None) -> int:
             return error.exit_code
         print(f"lmssl: error: {error}" if not isinstance(error, Interrupted) else f"lmssl: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("lmssl: interrupted before the run began; nothing was changed", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"lmssl: {error or 'SIGINT'}: stopped outside training steps; what was complete on disk is whole, --resume goes on from it", file=sys.stderr)
+        return 143 if str(error) else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
@@ -100,6 +103,18 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _end_politely() -> None:
+    """SIGTERM ends as SIGINT does, so that half-written folders are removed; while training, lmssl.watch has its own rule."""
+    import signal
+    import threading
+
+    def end(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt("SIGTERM")
+
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
 
 
 def _silence_transformers() -> None:
@@ -175,7 +190,7 @@ def _finetune(options: argparse.Namespace) -> None:
 
     loaded = recipe.FinetuneRecipe.load(options.recipe, options.overrides)
     _silence_transformers()
-    print(report.label_table(recipe.finetune(loaded, overwrite=options.overwrite)))
+    print(report.label_table(recipe.finetune(loaded, resume=options.resume, overwrite=options.overwrite, accept=tuple(options.accept))))
 
 
 def _predict(options: argparse.Namespace) -> None:

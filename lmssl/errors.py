@@ -1,4 +1,4 @@
-"""The three ways a run ends early, each with the exit status the command line gives it."""
+"""The ways a run ends early, each with the exit status the command line gives it."""
 
 import contextlib
 import difflib
@@ -15,6 +15,10 @@ class Stopped(Exception):
     """lmssl stopped the run itself (non-finite loss, disk full). Exit status 3; names the last good checkpoint."""
 
     exit_code = 3
+
+
+class Diverged(Stopped):
+    """The loss or the gradient is no longer finite, or spiked where that stops a run."""
 
 
 class Interrupted(Exception):
@@ -34,7 +38,8 @@ def written(what: str, stop: Callable[[str], Exception] = Stopped) -> Iterator[N
     try:
         yield
     except OSError as error:
-        raise stop(f"{what} cannot be written: {error.strerror or error}") from error
+        at = f": {error.filename}" if error.filename else ""
+        raise stop(f"{what} cannot be written: {error.strerror or error}{at}") from error
     except Exception as error:
         text = " ".join(str(error).split())
         foreign = type(error).__module__.startswith("safetensors") or isinstance(error, RuntimeError)

@@ -15,7 +15,7 @@ from lmssl import arguments, config, output, tokenization
 from lmssl.data import tokens
 from lmssl.data.stream import Stream
 from lmssl.data.tokens import TokenSet
-from lmssl.errors import UserError
+from lmssl.errors import UserError, written
 from lmssl.objectives import fields_of, make
 from lmssl.objectives.base import Objective
 from lmssl.tokenization import Tokenizer
@@ -216,11 +216,15 @@ def _claim(out: Path, steps: int | None, resume: bool, overwrite: bool) -> dict[
     if rank == 0:
         for path in [*present, *out.glob("damaged-checkpoint-*")]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"trainer.output_dir: {out} cannot be made: {error.strerror}") from None
+        _folder(out)
     return None
+
+
+def _folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"trainer.output_dir: {out} cannot be made: {error.strerror}") from None
 
 
 def _log_data(token_set: TokenSet, rows: int, trainer: Any, quiet: bool) -> None:
@@ -238,10 +242,11 @@ def _finish(out: Path, model: Any, tokenizer: Tokenizer, metrics: dict[str, Any]
     """The final model, its tokenizer, metrics.json (last) and the model card in the output folder."""
     from lmssl import cards
 
-    model.save_pretrained(out)
-    tokenizer.save(out)
-    output.write(out / "README.md", cards.model_card(metrics, output.plain(resolved)))
-    output.write_json(out / "metrics.json", metrics)
+    with written(f"the model in {out}"):
+        model.save_pretrained(out)
+        tokenizer.save(out)
+        output.write(out / "README.md", cards.model_card(metrics, output.plain(resolved)))
+        output.write_json(out / "metrics.json", metrics)
 
 
 def examples(stream: Stream, tokenizer: Tokenizer, count: int = 3) -> list[dict[str, str]]:
@@ -271,31 +276,51 @@ def preview(recipe: PretrainRecipe, rows: int) -> tuple[Stream, Tokenizer]:
 # --- finetune ------------------------------------------------------------------------------------------------------
 
 
-def finetune(recipe: FinetuneRecipe, *, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Fine-tune on few labels, pretrained and from scratch, several seeds; returns what metrics.json says."""
+def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = False, accept: tuple[str, ...] = (), quiet: bool = False) -> dict[str, Any]:
+    """Fine-tune on few labels, pretrained and from scratch, several seeds; returns what metrics.json says.
+
+    Args:
+        resume: keep the finished runs of the folder, and go on with the others: those that an interruption left, and
+            those that more seeds or numbers of labels add.
+        overwrite: begin anew in a folder that holds runs.
+        accept: differences from the finished runs that resuming accepts ("trainer.learning_rate", "data.test", ...).
+
+    Raises:
+        UserError, Stopped, Interrupted: see lmssl.errors.
+    """
     from lmssl import cards, report
-    from lmssl.tasks import curve
+    from lmssl.tasks import curve, ledger
     from lmssl.tasks.base import Backbone
 
     values = arguments.resolve(recipe.trainer, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
     out = Path(values["output_dir"])
-    if (out / "metrics.json").exists() and not overwrite:
-        raise UserError(f"trainer.output_dir: {out} holds a run (metrics.json); --overwrite begins anew")
+    first = int(os.environ.get("RANK", 0)) == 0
+    present = [p for p in (out / "metrics.json", out / ledger.NAME, out / "recipe.yaml", out / "checkpoints") if p.exists()]
+    if present and not (resume or overwrite):
+        raise UserError(f"trainer.output_dir: {out} holds a run ({present[0].name}); --resume continues it, --overwrite begins anew")
     backbone = Backbone.load(recipe.source, recipe.data.max_length)  # refuses before any text is read
     train, test = curve.labelled(recipe.task, recipe.data.train, recipe.data.test)
     task = recipe.task.fitted([*train, *test])
     backbone = dataclasses.replace(backbone, classes=tuple(curve.check(task, train, test)))
-    first = int(os.environ.get("RANK", 0)) == 0
-    out.mkdir(parents=True, exist_ok=True)
+    runs = curve.Curve(task, backbone, train, test, values, quiet)
+    if resume:
+        runs.ledger.load(accept)
+    elif first:
+        for path in present:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     resolved = {"task": {"name": task.name} | dataclasses.asdict(task), "data": dataclasses.asdict(recipe.data), "model": {"from": recipe.source}, "trainer": values}
     leaks = leak_check(recipe.source, test)
     if not quiet and first:
         log.info("%d examples to train on, %d to test; leak check: %s", len(train), len(test), report.leaks_in_words(leaks))
-    metrics = curve.Curve(task, backbone, train, test, values, quiet).run() | {"leaks": leaks, "environment": output.environment()}
     if first:
+        _folder(out)
         output.write(out / "recipe.yaml", config.dump(output.plain(resolved)))
-        output.write(out / "README.md", cards.task_card(metrics, output.plain(resolved)))
-        output.write_json(out / "metrics.json", metrics)
+    metrics = runs.run() | {"leaks": leaks, "environment": output.environment()}
+    if first:
+        with written(f"the results in {out}"):
+            output.write(out / "README.md", cards.task_card(metrics, output.plain(resolved)))
+            output.write_json(out / "metrics.json", metrics)
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return metrics
 
 

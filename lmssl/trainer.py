@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from lmssl import checkpoints, models
 from lmssl.data.stream import Collator, Stream, count_tokens
 from lmssl.data.tokens import TokenSet
-from lmssl.errors import Interrupted, Stopped, UserError, written
+from lmssl.errors import Diverged, Interrupted, Stopped, UserError, written
 from lmssl.evaluation import held_out, held_out_stream
 from lmssl.objectives import fields_of
 from lmssl.objectives.base import Objective, token_loss
@@ -219,11 +219,11 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             return value
         return self.accelerator.reduce(value.to(self.args.device), "sum").cpu()
 
-    def stopped(self, reason: str) -> Stopped:
+    def stopped(self, reason: str, kind: type[Stopped] = Stopped) -> Stopped:
         """The exception for a run that lmssl ends itself, naming the last good checkpoint."""
         whole = [p for p in checkpoints.all_of(Path(self.args.output_dir)) if p.name in self._known_good]
         last = f"the last good checkpoint is {whole[0]}" if whole else "no checkpoint was completed before"
-        return Stopped(f"{reason}; {last}")
+        return kind(f"{reason}; {last}")
 
     def resume_point(self, accept: tuple[str, ...] = ()) -> Path | None:
         """The newest whole checkpoint of this run; None where none was ever completed.
@@ -358,7 +358,7 @@ class PretrainTrainer(ExactTrainer):
         seconds, tokens = self.clock.seconds, self._total_tokens()
         values = self.evaluate()
         if not math.isfinite(values["eval_loss"]):
-            raise self.stopped("the held-out loss is not finite")
+            raise self.stopped("the held-out loss is not finite", Diverged)
         return {
             "objective": fields_of(self.objective)["name"],
             "family": models.family_of(self.model.config),

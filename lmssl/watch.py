@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lmssl.data.stream import mix
+from lmssl.errors import Diverged
 
 if TYPE_CHECKING:
     from lmssl.trainer import ExactTrainer
@@ -81,14 +82,14 @@ class Guard(TrainerCallback):
         bad = (~torch.isfinite(values)).any().double().reshape(1)
         if self.trainer._sum(bad.cpu()).item():
             what = "the loss" if not torch.isfinite(values[1:]).all() else "the gradient"
-            raise self.trainer.stopped(f"{what} of {self._step(state)} is not finite; no update was made; {self._replay(state)}")
+            raise self.trainer.stopped(f"{what} of {self._step(state)} is not finite; no update was made; {self._replay(state)}", Diverged)
         size = float(norm)
         usual = statistics.median(self.norms) if len(self.norms) >= 16 else math.inf
         self.norms.append(size)
         if size > SPIKE * usual:
             what = f"the gradient of {self._step(state)} is {size / usual:.0f} times the usual ({size:.3g} against {usual:.3g})"
             if self.trainer.on_spike == "stop":
-                raise self.trainer.stopped(f"{what}; no update was made; {self._replay(state)}")
+                raise self.trainer.stopped(f"{what}; no update was made; {self._replay(state)}", Diverged)
             log.warning("%s; %s", what, self._replay(state))
 
     def _step(self, state: TrainerState) -> str:
@@ -96,6 +97,10 @@ class Guard(TrainerCallback):
         return f"step {step + 1} (items {step * batch} to {(step + 1) * batch - 1} of the stream)"
 
     def _replay(self, state: TrainerState) -> str:
+        step, batch = state.global_step, self.trainer.global_batch
+        if where := getattr(self.trainer.train_dataset, "where", None):
+            names = list(dict.fromkeys(where(i) for i in range(step * batch, (step + 1) * batch)))
+            return f"its examples: {', '.join(names[:16])}" + (f" and {len(names) - 16} more" if len(names) > 16 else "")
         more = f" --batch {self.trainer.global_batch}" if self.trainer.args.world_size > 1 else ""
         return f"its rows: lmssl show {Path(self.trainer.args.output_dir) / 'recipe.yaml'} --at-step {state.global_step + 1}{more}"
 

@@ -29,7 +29,7 @@ def sentiment_step(micro: int, folder: Path, accumulate: int = 1) -> tuple[float
     task, backbone = Sentiment(), Backbone.load(str(folder), 32, ["0", "1"])
     items = [item for (item,) in task.encode(backbone, [Labelled(text, str(n % 2), "") for n, text in enumerate(sentences(16))])]
     args = arguments(folder / "out", max_steps=1, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate, max_grad_norm=0.0)
-    return first_step(ExactTrainer(task.model(backbone, True, 0), args, Few(items, mix(0), 8), task.collator(backbone, 8), quiet=True))
+    return first_step(ExactTrainer(task.model(backbone, True, 0), args, Few(items, [""] * len(items), mix(0), 8), task.collator(backbone, 8), quiet=True))
 
 
 def main(shared: str, architectures: str, out: str, micro: str) -> None:

@@ -160,7 +160,7 @@ def test_split_of_the_batch_changes_nothing(architecture, folder_of, tmp_path):
     items = [item for some in task.encode(backbone, word_questions(12)) for item in some]
     for micro, accumulate in [(8, 1), (4, 2), (1, 8)]:
         args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate, max_grad_norm=0.0)
-        steps.append(first_step(ExactTrainer(task.model(backbone, True, 0), args, Few(items, 3, 8), task.collator(backbone, 8), quiet=True)))
+        steps.append(first_step(ExactTrainer(task.model(backbone, True, 0), args, Few(items, [""] * len(items), 3, 8), task.collator(backbone, 8), quiet=True)))
     for loss, grad in steps[1:]:
         assert abs(loss - steps[0][0]) / steps[0][0] < 1e-6
         assert apart(grad, steps[0][1]) < 1e-6

@@ -62,7 +62,7 @@ def test_split_of_the_batch_changes_nothing(architecture, backbones, tmp_path):
     items = generation.encode(backbone, SOURCES, TARGETS, "\n")
     for micro, accumulate in [(8, 1), (4, 2), (1, 8)]:
         args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulate, max_grad_norm=0.0)
-        steps.append(first_step(ExactTrainer(generation.model(backbone, True, 0, 1), args, Few(items, 3, 8), generation.collator(backbone, 8), quiet=True)))
+        steps.append(first_step(ExactTrainer(generation.model(backbone, True, 0, 1), args, Few(items, [""] * len(items), 3, 8), generation.collator(backbone, 8), quiet=True)))
     for loss, grad in steps[1:]:
         assert abs(loss - steps[0][0]) / steps[0][0] < 1e-6
         assert apart(grad, steps[0][1]) < 1e-6

@@ -24,7 +24,7 @@ import numpy as np
 from lmssl import tokenization
 from lmssl.data import corpus
 from lmssl.data.contamination import Grams
-from lmssl.errors import UserError
+from lmssl.errors import UserError, written
 from lmssl.objectives.base import Row, Vocab
 from lmssl.tokenization import Tokenizer
 
@@ -207,7 +207,7 @@ def prepare(text: str | list[str], tokenizer: Tokenizer, held_out: float | str =
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / "tokens" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with FileLock(f"{folder}.lock"), written(f"the token set {folder}"):
         if (folder / "manifest.json").is_file():
             return TokenSet(folder)
         total = sum(s.bytes for s in [*train, *held])

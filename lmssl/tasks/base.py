@@ -266,17 +266,31 @@ def split_validation(examples: Sequence[T], share: float) -> tuple[list[T], list
 
 
 class Few(torch.utils.data.Dataset):
-    """A few encoded items as a stream: item i of the run, shuffled anew each epoch."""
+    """A few encoded items as a stream: item i of the run, shuffled anew each epoch.
 
-    def __init__(self, items: list[Item], seed: int, length: int):
-        self.items, self.seed, self.length = items, seed, length
+    Args:
+        items: all of an epoch.
+        places: where the example of each stands, as file:line.
+        seed: of the order.
+        length: items of the run.
+    """
+
+    def __init__(self, items: list[Item], places: list[str], seed: int, length: int):
+        self.items, self.places, self.seed, self.length = items, places, seed, length
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, i: int) -> Item:
+        return self.items[self._at(i)]
+
+    def _at(self, i: int) -> int:
         epoch, k = divmod(i, len(self.items))
-        return self.items[permuted(k, len(self.items), self.seed, epoch)]
+        return permuted(k, len(self.items), self.seed, epoch)
+
+    def where(self, i: int) -> str:
+        """Where the example of item i stands."""
+        return self.places[self._at(i)]
 
 
 def padded(rows: Sequence[Any], fill: int, multiple: int = 1, left: bool = False) -> Tensor:

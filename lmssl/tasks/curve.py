@@ -2,14 +2,16 @@
 
 Once from the pretrained checkpoint, and once from the same configuration with random weights. Learning rates, where a
 grid is given, are chosen for each init and number of labels on seed 0, by the loss on a part of those few labels;
-the test set is looked at once a run, when it ends.
+the test set is looked at once a run, when it ends. Finished runs are kept in a ledger, an unfinished one in its
+checkpoints, so that a curve goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import os
+import math
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,15 +21,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from lmssl import arguments
+from lmssl import arguments, checkpoints
 from lmssl.data import corpus
 from lmssl.data.stream import mix
 from lmssl.data.tokens import content_hash
-from lmssl.errors import UserError
+from lmssl.errors import Diverged, UserError, written
 from lmssl.objectives.base import IGNORE, token_loss
 from lmssl.statistics import equivalence, summary
 from lmssl.tasks import adapters, baseline
 from lmssl.tasks.base import Backbone, Few, Item, Task, batched, nested, split_test, split_validation, steps_for
+from lmssl.tasks.ledger import Ledger, identity_of
 from lmssl.trainer import ExactTrainer
 
 log = logging.getLogger("lmssl")
@@ -99,6 +102,9 @@ class Curve:
         values: a resolved trainer section; where it has neither max_steps nor num_train_epochs, the number of steps
             is `steps_for` the number of labels.
         quiet: no progress.
+
+    Attributes:
+        ledger: what is finished; `ledger.load()` before `run()` goes on where an earlier process ended.
     """
 
     def __init__(self, task: Task, backbone: Backbone, train: Sequence[Any], test: Sequence[Any], values: dict[str, Any], quiet: bool = False):
@@ -106,9 +112,10 @@ class Curve:
         self.values, self.args = values, arguments.build(values)
         self.collate = task.collator(backbone, 64 if self.args.torch_compile else 8)
         self.out = Path(self.args.output_dir)
+        self.first = self.args.process_index == 0
+        self.ledger = Ledger(self.out, identity_of(task, backbone, train, test, values, torch.get_num_threads()), self.first)
         self.rates: dict[tuple[str, int], float] = {}
-        self.tuning: list[dict[str, Any]] = []
-        self._subset: tuple[int, list[list[Item]]] = (-1, [])
+        self._subset: tuple[int, list[tuple[str, list[Item]]]] = (-1, [])
         if self.args.torch_compile:
             # Every width is compiled for itself; a kernel for all widths is slower than the few that occur.
             torch._dynamo.config.automatic_dynamic_shapes = False
@@ -116,19 +123,25 @@ class Curve:
 
     def run(self) -> dict[str, Any]:
         """Every run; {"task", "metric", "results": [{"labels", "init", "seed", "score", ...}], "summary", ...}."""
-        begun, todo, results = time.time(), runs_of(self.task), list[dict[str, Any]]()
+        todo, ledger = runs_of(self.task), self.ledger
         notes = self.task.notes(self.backbone, self.test)
-        if notes and not self.quiet and self.args.process_index == 0:
+        if notes and not self.quiet and self.first:
             log.info("of the test examples: %s", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in notes.items()))
-        for run in todo:
-            items = self._few(run.seed)
+        missing = [run for run in todo if not ledger.result(**vars(run))]
+        if len(missing) < len(todo) and not self.quiet:
+            log.info("%d of %d runs are finished", len(todo) - len(missing), len(todo))
+        self._started = time.time()
+        self.begun = self._started - ledger.seconds
+        for number, run in enumerate(missing):
             rate = self._rate(run)
-            model, steps = self._trained(run, items[: run.labels], rate)
+            model, steps = self._trained(run, self._few(run.seed), rate)
             scores = self._scored(model, run)
-            results.append({**vars(run), "steps": steps, "learning_rate": rate, "score": scores[self.task.metric], **scores})
-            if (run.seed, run.labels, run.init) == (0, max(self.task.labels), "pretrained") and self.args.process_index == 0:
+            if (run.seed, run.labels, run.init) == (0, max(self.task.labels), "pretrained") and self.first:
                 self._save(model)
-            self._say(run, results, len(todo), begun)
+            ledger.results.append({**vars(run), "steps": steps, "learning_rate": rate, "score": scores[self.task.metric], **scores})
+            ledger.save(self._seconds())
+            self._say(ledger.results[-1], len(todo), number + 1, len(missing))
+        results = [found for run in todo if (found := ledger.result(**vars(run)))]
         metrics = {
             "task": self.task.name,
             "metric": self.task.metric,
@@ -142,7 +155,7 @@ class Curve:
             "majority": max((sum(e.label == c for e in self.test) for c in self.backbone.classes), default=0) / len(self.test),
             "max_length": self.backbone.length,
             "learning_rate": self.args.learning_rate,
-            "tuning": self.tuning,
+            "tuning": ledger.tuning,
             "results": results,
             "summary": summary(results),
             "equivalence": equivalence(results),
@@ -150,13 +163,17 @@ class Curve:
         }
         if self.task.classes and baseline.available():
             metrics["baselines"] = {"tf-idf": self._baseline()}
-        return metrics | {"seconds": round(time.time() - begun, 1)}
+        return metrics | {"seconds": self._seconds()}
 
-    def _few(self, seed: int) -> list[list[Item]]:
-        """The items of a seed's examples in nested order, as many as are ever used."""
+    def _seconds(self) -> float:
+        return round(time.time() - self.begun, 1)
+
+    def _few(self, seed: int) -> list[tuple[str, list[Item]]]:
+        """A seed's examples in nested order, as many as are ever used: where each stands, and its items."""
         if self._subset[0] != seed:
             most = max([*self.task.labels, *self.task.scratch_labels])
-            self._subset = (seed, self.task.encode(self.backbone, [self.train[i] for i in nested(self.train, seed)[:most]]))
+            chosen = [self.train[i] for i in nested(self.train, seed)[:most]]
+            self._subset = (seed, list(zip([e.where for e in chosen], self.task.encode(self.backbone, chosen), strict=True)))
         return self._subset[1]
 
     def _rate(self, run: Run) -> float:
@@ -164,21 +181,33 @@ class Curve:
         if not self.task.learning_rates:
             return self.args.learning_rate
         if (run.init, run.labels) not in self.rates:
-            items = self._few(0)
-            train, held = split_validation(items[: run.labels], self.task.validation)
-            losses = {}
-            for rate in self.task.learning_rates:
-                model, _ = self._trained(Run(run.labels, run.init, 0), train, rate)
-                losses[rate] = self._loss(model, [item for some in held for item in some])
-                self.tuning.append({"labels": run.labels, "init": run.init, "learning_rate": rate, "validation_loss": losses[rate]})
+            losses = {rate: self._tried(run, rate) for rate in self.task.learning_rates}
+            if not math.isfinite(min(losses.values())):
+                raise Diverged(f"task.learning_rates: with {run.labels} labels, {run.init}, none of {', '.join(f'{r:g}' for r in losses)} gave a finite loss")
             self.rates[run.init, run.labels] = min(losses, key=lambda rate: losses[rate])
-            if not self.quiet:
+            if not self.quiet and self.first:
                 tried = ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in losses.items())
                 log.info("%5d labels  %-10s  learning rate %g (validation loss %s)", run.labels, run.init, self.rates[run.init, run.labels], tried)
         return self.rates[run.init, run.labels]
 
-    def _trained(self, run: Run, few: list[list[Item]], rate: float) -> tuple[PreTrainedModel, int]:
-        """A model fine-tuned on the items of a few examples, and its optimizer steps."""
+    def _tried(self, run: Run, rate: float) -> float:
+        """The validation loss of one learning rate; infinite where training with it does."""
+        tried = {"labels": run.labels, "init": run.init, "learning_rate": rate}
+        loss = self.ledger.loss(**tried)
+        if loss is None:
+            train, held = split_validation(self._few(0)[: run.labels], self.task.validation)
+            try:
+                model, _ = self._trained(Run(run.labels, run.init, 0), train, rate, "-tuning")
+                loss = self._loss(model, [item for _, some in held for item in some])
+            except Diverged as error:
+                log.warning("%d labels, %s, learning rate %g: %s", run.labels, run.init, rate, error)
+                loss = math.inf
+            self.ledger.tuning.append({**tried, "validation_loss": loss if math.isfinite(loss) else None})
+            self.ledger.save(self._seconds())
+        return loss
+
+    def _trained(self, run: Run, few: list[tuple[str, list[Item]]], rate: float, kind: str = "") -> tuple[PreTrainedModel, int]:
+        """A model fine-tuned on the items of the first few examples, and its optimizer steps; from its checkpoint, where one lies."""
         pretrained = run.init == "pretrained"
         model = self.task.model(self.backbone, pretrained, run.seed)
         method = self.task.method if pretrained else "full"
@@ -189,10 +218,25 @@ class Curve:
         for name in ("max_steps", "logging_steps", "save_steps", "warmup_steps"):
             setattr(args, name, values[name])
         args.seed, args.learning_rate = run.seed, rate
-        items = [item for some in few for item in some]
-        stream = Few(items, mix(run.seed, 1) >> 1, args.max_steps * arguments.global_batch(values))
-        self.trainer = ExactTrainer(model, args, stream, self.collate, quiet=True, **arguments.own(values))
-        self.trainer.run()
+        folder = self.out / "checkpoints" / f"{run.labels}-{run.init}-{run.seed}-{rate:g}{kind}"
+        args.output_dir = str(folder)
+        if args.max_steps <= args.save_steps:
+            args.save_strategy = "no"
+        pairs = [(item, where) for where, some in few[: run.labels] for item in some]
+        stream = Few([i for i, _ in pairs], [w for _, w in pairs], mix(run.seed, 1) >> 1, args.max_steps * arguments.global_batch(values))
+        self.trainer = ExactTrainer(model, args, stream, self.collate, identity={"steps": args.max_steps}, quiet=True, **arguments.own(values))
+        point = None
+        if checkpoints.all_of(folder):
+            try:
+                point = self.trainer.resume_point()
+            except UserError as error:
+                log.warning("%s; this run begins anew", str(error).partition("; --overwrite")[0])
+                if self.first:
+                    shutil.rmtree(folder)
+                self.trainer.accelerator.wait_for_everyone()
+        self.trainer.run(point)
+        if self.first:
+            shutil.rmtree(folder, ignore_errors=True)
         return adapters.merge(model, method), args.max_steps
 
     @torch.no_grad()
@@ -216,8 +260,11 @@ class Curve:
         return scores
 
     def _save(self, model: PreTrainedModel) -> None:
-        model.save_pretrained(self.out)
-        self.task.finish(self.backbone, model).save(self.out)
+        with written(f"the model in {self.out}"):
+            model.save_pretrained(self.out)
+            self.task.finish(self.backbone, model).save(self.out)
+            for path in self.out.glob("*.safetensors"):
+                checkpoints.sync(path)
 
     def _baseline(self) -> list[dict[str, Any]]:
         """TF-IDF with logistic regression on every subset."""
@@ -227,9 +274,11 @@ class Curve:
             rows += [{"labels": n, "seed": seed, **baseline.tfidf(examples[:n], self.test)} for n in self.task.labels]
         return rows
 
-    def _say(self, run: Run, results: list[dict[str, Any]], total: int, begun: float) -> None:
-        if self.quiet or int(os.environ.get("RANK", 0)):
+    def _say(self, result: dict[str, Any], total: int, done: int, missing: int) -> None:
+        if self.quiet or not self.first:
             return
-        left = (time.time() - begun) / len(results) * (total - len(results))
-        score = results[-1]["score"]
-        log.info("%5d labels  seed %d  %-10s  %s %.4f  (%d of %d, %d s left)", run.labels, run.seed, run.init, self.task.metric, score, len(results), total, left)
+        left = (time.time() - self._started) / done * (missing - done)
+        log.info(
+            "%5d labels  seed %d  %-10s  %s %.4f  (%d of %d, %d s left)",
+            result["labels"], result["seed"], result["init"], self.task.metric, result["score"], total - missing + done, total, left,
+        )  # fmt: skip

@@ -1,0 +1,94 @@
+"""The finished runs of a label curve on disk: what `lmssl finetune --resume` does not run again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lmssl import checkpoints, output
+from lmssl.errors import UserError, written
+from lmssl.tasks.base import Backbone, Task
+
+NAME = "progress.json"
+COUNTS = ("labels", "seeds", "scratch_labels")
+"""Fields of a task that say how many runs there are, not how one of them goes."""
+FREE = ("output_dir", "logging", "save", "report_to", "run_name", "dataloader", "worker_timeout", "on_spike", "disable_tqdm", "log_level", "per_device_eval_batch_size")
+"""Beginnings of the trainer fields that change no result."""
+
+
+def identity_of(task: Task, backbone: Backbone, train: Sequence[Any], test: Sequence[Any], values: Mapping[str, Any], threads: int) -> dict[str, Any]:
+    """What every run of a curve depends on, flat, under the names that a recipe has for it."""
+    fields = {f"task.{k}": v for k, v in dataclasses.asdict(task).items() if k not in COUNTS}  # type: ignore[call-overload]
+    fields |= {f"trainer.{k}": v for k, v in values.items() if not k.startswith(FREE)}
+    fields |= {"data.train": _content(train), "data.test": _content(test), "data.max_length": backbone.length}
+    return output.plain({"task": task.name, "model.from": _weights(backbone), **fields, "threads": threads})
+
+
+def _content(examples: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps({k: v for k, v in dataclasses.asdict(example).items() if k != "where"}, sort_keys=True).encode())
+    return f"{len(examples)} examples, sha256 {digest.hexdigest()[:16]}"
+
+
+def _weights(backbone: Backbone) -> str:
+    """sha256 of a folder's weights; of a hub id, the id and the revision that it had."""
+    files = sorted(Path(backbone.source).glob("*.safetensors"))
+    if not files:
+        return f"{backbone.source}@{getattr(backbone.config, '_commit_hash', None)}"
+    return "sha256 " + hashlib.sha256("".join(map(checkpoints.sha256, files)).encode()).hexdigest()[:16]
+
+
+class Ledger:
+    """Results and learning rates tried so far, written whole after each run.
+
+    Args:
+        folder: of the curve.
+        identity: of `identity_of`.
+        writes: whether this process is the one that writes.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], writes: bool = True):
+        self.path, self.identity, self.writes = folder / NAME, identity, writes
+        self.results: list[dict[str, Any]] = []
+        self.tuning: list[dict[str, Any]] = []
+        self.seconds = 0.0
+
+    def load(self, accept: Sequence[str] = ()) -> None:
+        """What an earlier process of this curve finished; nothing where none did.
+
+        Raises:
+            UserError: the file is damaged, or is of a curve that differs and the difference is not in `accept`.
+        """
+        if not self.path.exists():
+            return
+        try:
+            found = checkpoints.read_signed(self.path)
+        except checkpoints.Damaged as error:
+            raise UserError(f"--resume: {error}; --overwrite begins anew") from None
+        for key in sorted({*found["identity"], *self.identity} - set(accept)):
+            then, now = found["identity"].get(key), self.identity.get(key)
+            if then != now:
+                raise UserError(f"--resume: {key} changed: the finished runs have {then}, this recipe {now}; --accept {key} goes on all the same")
+        self.results, self.tuning, self.seconds = found["results"], found["tuning"], found["seconds"]
+
+    def result(self, **run: Any) -> dict[str, Any] | None:
+        """The finished run of these labels, init and seed."""
+        return next((r for r in self.results if all(r[k] == v for k, v in run.items())), None)
+
+    def loss(self, **tried: Any) -> float | None:
+        """The validation loss of a learning rate that was tried, infinite where it diverged."""
+        found = next((t for t in self.tuning if all(t[k] == v for k, v in tried.items())), None)
+        return None if found is None else math.inf if found["validation_loss"] is None else found["validation_loss"]
+
+    def save(self, seconds: float) -> None:
+        """Write it, whole and on disk."""
+        self.seconds = seconds
+        if self.writes:
+            with written(str(self.path)):
+                checkpoints.write_signed(self.path, {"identity": self.identity, "seconds": seconds, "tuning": self.tuning, "results": self.results})

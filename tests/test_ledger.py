@@ -1,0 +1,164 @@
+"""A label curve that is interrupted goes on: the same results, bit for bit, and nothing run twice."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from lmssl import checkpoints
+from lmssl.cli import run
+from lmssl.errors import Diverged, Interrupted, UserError
+from lmssl.recipe import FinetuneRecipe, finetune
+from lmssl.tasks.curve import Curve
+from lmssl.trainer import ExactTrainer
+from tests.helpers import small_model, token_set
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def sections(shared_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ledger")
+    tokens = token_set(shared_dir)
+    small_model("bert", tokens.vocab(), LENGTH).save_pretrained(folder / "backbone")
+    tokens.tokenizer.save(folder / "backbone")
+    rows = [{"text": f"the film {n} was {'good' if n % 2 else 'bad'}", "label": n % 2} for n in range(40)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    def make(out, **fields):
+        trainer = {"output_dir": str(out), "max_steps": 4, "bf16": False, "per_device_train_batch_size": 4}
+        task = {"name": "sentiment", "labels": [8], "seeds": 2, "learning_rates": [1e-3, 3e-3]}
+        return {
+            "task": task | {k: v for k, v in fields.items() if k in ("seeds", "learning_rates")},
+            "data": {"train": str(folder / "data.jsonl"), "test": 10, "max_length": LENGTH},
+            "model": {"from": str(folder / "backbone")},
+            "trainer": trainer | {k: v for k, v in fields.items() if k in ("learning_rate", "save_steps", "optimizer")},
+        }
+
+    return make
+
+
+def scores(metrics):
+    return [(r["labels"], r["init"], r["seed"], r["learning_rate"], r["score"]) for r in metrics["results"]], metrics["tuning"]
+
+
+@pytest.fixture(scope="module")
+def whole(sections, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    return finetune(FinetuneRecipe.of(sections(out)), quiet=True), (out / "model.safetensors").read_bytes()
+
+
+def kill_at(monkeypatch, step, signum=signal.SIGTERM):
+    """Send the signal during the n-th micro-step from now; returns the count of all."""
+    original, seen = ExactTrainer.training_step, []
+
+    def training_step(self, *args, **kwargs):
+        seen.append(1)
+        if len(seen) == step:
+            os.kill(os.getpid(), signum)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(ExactTrainer, "training_step", training_step)
+    return seen
+
+
+@pytest.mark.parametrize("step", [2, 11, 18, 22])
+def test_a_signal_in_any_run(step, sections, whole, tmp_path, monkeypatch):
+    recipe = FinetuneRecipe.of(sections(tmp_path))
+    with monkeypatch.context() as patch:
+        kill_at(patch, step)
+        with pytest.raises(Interrupted, match=r"SIGTERM: saved .*checkpoint-\d; --resume continues there"):
+            finetune(recipe, quiet=True)
+    assert list(tmp_path.glob("checkpoints/*/checkpoint-*"))
+    with pytest.raises(UserError, match="--resume continues it, --overwrite begins anew"):
+        finetune(recipe, quiet=True)
+    with monkeypatch.context() as patch:
+        seen = kill_at(patch, 0)
+        metrics = finetune(recipe, resume=True, quiet=True)
+    assert len(seen) == 32 - step  # 4 tuning runs and 4 runs of 4 steps, none of them twice
+    assert scores(metrics) == scores(whole[0])
+    assert (tmp_path / "model.safetensors").read_bytes() == whole[1]
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_kill_between_checkpoints(sections, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        original = Curve._scored
+        patch.setattr(Curve, "_scored", lambda self, model, run: (_ for _ in ()).throw(KeyboardInterrupt) if run.seed else original(self, model, run))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(FinetuneRecipe.of(sections(tmp_path)), quiet=True)
+    assert scores(finetune(FinetuneRecipe.of(sections(tmp_path)), resume=True, quiet=True)) == scores(whole[0])
+
+
+def test_a_damaged_checkpoint_begins_that_run_anew(sections, whole, tmp_path, monkeypatch, caplog):
+    recipe = FinetuneRecipe.of(sections(tmp_path))
+    with monkeypatch.context() as patch:
+        kill_at(patch, 18)
+        with pytest.raises(Interrupted):
+            finetune(recipe, quiet=True)
+    saved = next(tmp_path.glob("checkpoints/*/checkpoint-*/model.safetensors"))
+    saved.write_bytes(saved.read_bytes()[:-1])
+    assert scores(finetune(recipe, resume=True, quiet=True)) == scores(whole[0])
+    assert "model.safetensors has" in caplog.text
+    assert "this run begins anew" in caplog.text
+
+
+def test_more_seeds_add_runs(sections, whole, tmp_path, monkeypatch):
+    finetune(FinetuneRecipe.of(sections(tmp_path, seeds=1)), quiet=True)
+    seen = kill_at(monkeypatch, 0)
+    assert scores(finetune(FinetuneRecipe.of(sections(tmp_path)), resume=True, quiet=True)) == scores(whole[0])
+    assert len(seen) == 2 * 4
+    finetune(FinetuneRecipe.of(sections(tmp_path)), resume=True, quiet=True)
+    assert len(seen) == 2 * 4, "a finished curve runs nothing"
+
+
+def test_changes_are_refused(sections, tmp_path):
+    finetune(FinetuneRecipe.of(sections(tmp_path, seeds=1, learning_rates=[])), quiet=True)
+    changed = FinetuneRecipe.of(sections(tmp_path, learning_rates=[], learning_rate=2e-3))
+    with pytest.raises(UserError, match=r"--resume: trainer.learning_rate changed: the finished runs have 0.0005, this recipe 0.002; --accept trainer.learning_rate goes on"):
+        finetune(changed, resume=True, quiet=True)
+    assert len(finetune(changed, resume=True, accept=("trainer.learning_rate",), quiet=True)["results"]) == 4
+    text = (tmp_path / "progress.json").read_text()
+    (tmp_path / "progress.json").write_text(text.replace('"score": 0', '"score": 1', 1))
+    with pytest.raises(UserError, match=r"progress.json differs from its own sha256; --overwrite begins anew"):
+        finetune(changed, resume=True, quiet=True)
+    assert len(finetune(FinetuneRecipe.of(sections(tmp_path, seeds=1)), overwrite=True, quiet=True)["results"]) == 2
+
+
+def test_a_diverging_rate_is_not_chosen_and_a_diverging_run_stops(sections, tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.setattr("lmssl.watch.Guard.on_pre_optimizer_step", diverging(monkeypatch, rate=3e-3))
+    metrics = finetune(FinetuneRecipe.of(sections(tmp_path / "grid", seeds=1)), quiet=True)
+    assert {r["learning_rate"] for r in metrics["results"]} == {1e-3}
+    assert [t["validation_loss"] is None for t in metrics["tuning"]] == [False, True, False, True]
+    with pytest.raises(Diverged, match=r"the loss of step 1 .*is not finite; no update was made; its examples: .*data.jsonl:\d+, .*no checkpoint was completed"):
+        finetune(FinetuneRecipe.of(sections(tmp_path / "alone", learning_rates=[], learning_rate=3e-3)), quiet=True)
+    with pytest.raises(Diverged, match=r"task.learning_rates: with 8 labels, scratch, none of 0.003 gave a finite loss"):
+        finetune(FinetuneRecipe.of(sections(tmp_path / "none", learning_rates=[3e-3])), quiet=True)
+    assert not list(tmp_path.glob("*/model.safetensors"))[1:]
+
+
+def diverging(monkeypatch, rate):
+    """The guard, before which the losses of runs with this rate become NaN."""
+    from lmssl.watch import Guard
+
+    original = Guard.on_pre_optimizer_step
+
+    def on_pre_optimizer_step(self, args, *rest, **kwargs):
+        if args.learning_rate == rate:
+            self.losses[0] = self.losses[0] * float("nan")
+        return original(self, args, *rest, **kwargs)
+
+    return on_pre_optimizer_step
+
+
+def test_the_command_line(sections, tmp_path, monkeypatch, capsys):
+    import yaml
+
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(sections(tmp_path / "out", learning_rates=[])))
+    with monkeypatch.context() as patch:
+        kill_at(patch, 6, signal.SIGINT)
+        assert run(["finetune", str(tmp_path / "r.yaml")]) == 130
+    assert run(["finetune", str(tmp_path / "r.yaml")]) == 2
+    assert run(["finetune", str(tmp_path / "r.yaml"), "--resume"]) == 0
+    assert len(checkpoints.read_signed(tmp_path / "out" / "progress.json")["results"]) == 4
