@@ -44,7 +44,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--from", dest="source", help="complete this tokenizer instead of training one")
     verb("prepare", _prepare, "Tokenize a recipe's text ahead of time.", "RECIPE")
     sub = verb("show", _show, "Print rows before and after the objective, in colour.", "RECIPE")
-    sub.add_argument("--rows", type=int, default=3)
+    sub.add_argument("--rows", type=_above_zero, help="how many, default 3, or all rows of the step")
+    sub.add_argument("--at-step", type=_above_zero, metavar="N", help="the rows that optimizer step N reads (1, 2, ...), exactly as the run reads them")
+    sub.add_argument("--batch", type=_above_zero, help="rows of a step over all processes, where a run had several")
     sub = verb("pretrain", _pretrain, "Pretrain a backbone on unlabelled text.", "RECIPE")
     sub.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint")
     sub.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
@@ -63,6 +65,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("folders", nargs="+", metavar="FOLDER")
     sub.add_argument("--png", action="store_true", help="the plots as PNG files too")
     return top
+
+
+def _above_zero(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_above_zero.__name__ = "whole number above 0"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -161,16 +173,18 @@ def _prepare(options: argparse.Namespace) -> None:
         print(f"{split:9} {counts['documents']:>10,} documents  {counts['tokens']:>13,} tokens  {counts['bytes']:>14,} bytes")
     if "decontaminated" in found.manifest:
         print(f"{found.manifest['decontaminated']:,} documents dropped that share 13 words in a row with a test text")
+    if skipped := found.manifest.get("bad_records", {}).get("skipped"):
+        print(f"{skipped:,} bad records skipped, the first: {found.manifest['bad_records']['first'][0]}")
     print(f"{found.manifest['duplicates']:,} exact duplicates dropped; in {found.folder}")
 
 
 def _show(options: argparse.Namespace) -> None:
     from lmssl import display, recipe
 
-    stream, tokenizer = recipe.preview(recipe.PretrainRecipe.load(options.recipe, options.overrides), options.rows)
+    stream, tokenizer, items = recipe.preview(recipe.PretrainRecipe.load(options.recipe, options.overrides), options.rows, options.at_step, options.batch)
     colour = display.wants_colour(sys.stdout)
     print(display.legend(colour))
-    for i in range(options.rows):
+    for i in items:
         print("\n" + display.row(stream, tokenizer, i, colour))
 
 

@@ -47,6 +47,9 @@ class DataSection:
     decontaminate: bool | str | list[str] = False
     """Test files: training documents that share 13 words in a row with them are dropped; true: with the held-out documents."""
 
+    on_bad_record: typing.Literal["stop", "skip"] = "stop"
+    """What becomes of a record that is no valid text: the first stops the preparation, or each is skipped and counted."""
+
     def __post_init__(self) -> None:
         if self.seq_length < 8:
             raise ValueError(f"seq_length={self.seq_length} must be at least 8 tokens")
@@ -133,7 +136,7 @@ class FinetuneRecipe:
 
 def prepared(data: DataSection, tokenizer: Tokenizer, quiet: bool = False) -> TokenSet:
     """The token set of a `data` section, made or found."""
-    return tokens.prepare(data.text, tokenizer, data.held_out, data.decontaminate, quiet=quiet)
+    return tokens.prepare(data.text, tokenizer, data.held_out, data.decontaminate, on_bad_record=data.on_bad_record, quiet=quiet)
 
 
 def check(recipe: PretrainRecipe) -> tuple[Objective, Tokenizer]:
@@ -265,12 +268,28 @@ def examples(stream: Stream, tokenizer: Tokenizer, count: int = 3) -> list[dict[
     return shown
 
 
-def preview(recipe: PretrainRecipe, rows: int) -> tuple[Stream, Tokenizer]:
-    """The first rows of the run that a recipe would start, without a model."""
+def preview(recipe: PretrainRecipe, rows: int | None = None, at_step: int | None = None, batch: int | None = None) -> tuple[Stream, Tokenizer, range]:
+    """The items of the run that a recipe would start (or of a run's own recipe.yaml: that it read), without a model.
+
+    Args:
+        rows: how many; unset: 3, or all of the step.
+        at_step: those that optimizer step N consumes, counted from 1.
+        batch: rows of a step over all processes; unset: of one process.
+
+    Returns:
+        The stream, its tokenizer, and the items asked for.
+    """
     objective, tokenizer = make(recipe.objective), recipe.tokenizer()
     tokenizer.check(objective, recipe.objective["name"])
+    values = arguments.resolve(recipe.trainer, arguments.pretrain_defaults())
     token_set = prepared(recipe.data, tokenizer)
-    return Stream(token_set, objective, recipe.data.seq_length, int(recipe.trainer.get("seed", 0)), rows), tokenizer
+    steps = arguments.with_steps(values, token_set.rows(objective.row_length(recipe.data.seq_length)))["max_steps"]
+    size = batch or arguments.global_batch(values)
+    if at_step is not None and not 1 <= at_step <= steps:
+        raise UserError(f"--at-step: {at_step} is not a step of this run; it has steps 1 to {steps}")
+    begin, most = (0, rows or 3) if at_step is None else ((at_step - 1) * size, min(rows or size, size))
+    stream = Stream(token_set, objective, recipe.data.seq_length, values["seed"], begin + most, _start(recipe))
+    return stream, tokenizer, range(begin, begin + most)
 
 
 # --- finetune ------------------------------------------------------------------------------------------------------

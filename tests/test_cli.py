@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -148,3 +149,22 @@ def test_accelerate_launch(corpus_file, tmp_path):
 def test_report_refuses_what_is_no_run(tmp_path, capsys):
     assert run(["report", str(tmp_path)]) == 2
     assert "no metrics.json" in capsys.readouterr().err
+
+
+def test_show_at_step_is_what_the_run_read(corpus_file, tmp_path, capsys):
+    from lmssl.recipe import PretrainRecipe, preview
+
+    keys = [f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=6", f"trainer.output_dir={tmp_path}"]
+    keys += ["trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2", "trainer.seed=3"]
+    recipe = PretrainRecipe.load(QUICKSTART, keys)
+    stream, _, items = preview(recipe, at_step=3)
+    assert items == range(8, 12)
+    assert run(["show", str(QUICKSTART), "--at-step", "3", *keys]) == 0
+    shown = capsys.readouterr().out
+    assert [f"item {i} " in shown for i in range(7, 13)] == [False, True, True, True, True, False]
+    whole = preview(recipe, rows=24)[0]
+    assert all(np.array_equal(stream[i][name], whole[i][name]) for i in items for name in whole[i])
+    assert run(["show", str(QUICKSTART), "--at-step", "2", "--batch", "8", "--rows", "1", *keys]) == 0
+    assert "item 8 " in capsys.readouterr().out
+    assert run(["show", str(QUICKSTART), "--at-step", "7", *keys]) == 2
+    assert "--at-step: 7 is not a step of this run; it has steps 1 to 6" in capsys.readouterr().err

@@ -114,6 +114,47 @@ def test_bad_input_is_one_line_with_file_and_line(tmp_path, name):
     assert not (tmp_path / "out").exists(), "nothing half-made is left"
 
 
+SOME_BAD = {
+    "x.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n{"text": \n{"texts": "b"}\n["c"]\n{"text": null}\n{"text": "\\ud800"}\n{"text": "d"}\n', ["a", "d"], 6),
+    "x.csv": (b'text,n\na,1\nb\n"c\xff\nd",2\n"e"x,3\ng\0,4\nh,5\n', ["a", "h"], 4),
+    "x.tsv": (b"text\tn\na\t1\nb\n\xff\t3\nd\t4\n", ["a", "d"], 2),
+    "line.txt": (b"a\n\xffb\nc\rd\ne\0\nf\n", ["a", "f"], 3),
+    "x.txt::paragraph": (b"a\nb\n\nc\n\xff\nd\n\ne\n", ["a\nb", "e"], 1),
+    "long.txt": (b"a\n" + b"b" * (corpus.MAX_LINE * 2 + 5) + b"\nc\n", ["a", "c"], 1),
+}
+
+
+@pytest.mark.parametrize("name", SOME_BAD)
+def test_bad_records_are_skipped_and_counted_when_asked(tmp_path, name):
+    content, texts, count = SOME_BAD[name]
+    (tmp_path / name.partition("::")[0]).write_bytes(content)
+    source = corpus.resolve(str(tmp_path / name))
+    with pytest.raises(UserError, match=r":\d+: "):
+        list(corpus.documents(source))
+    bad = corpus.BadRecords(skip=True)
+    assert [text for text, _ in corpus.documents(source, None, bad)] == texts
+    assert bad.count == count
+    assert len(bad.first) == min(count, 5)
+
+
+@pytest.mark.parametrize("name", ["utf16.txt", "cut.txt.gz", "twice.csv", "quote.csv", "fake.parquet", "disguise.txt", "column.jsonl", "long.txt"])
+def test_what_is_wrong_with_a_whole_file_is_never_skipped(tmp_path, name):
+    (tmp_path / name).write_bytes(BAD[name][0])
+    with pytest.raises(UserError, match=name):
+        list(corpus.documents(corpus.resolve(str(tmp_path / name)), None, corpus.BadRecords(skip=True)))
+
+
+def test_skipped_records_stand_in_the_manifest(tmp_path, caplog):
+    (tmp_path / "x.jsonl").write_bytes(b"".join(b'{"text": "number %d"}\n' % n for n in range(20)) + b"oops\n")
+    with pytest.raises(UserError, match=r"x.jsonl:21: not valid JSON"):
+        tokens.prepare(str(tmp_path / "x.jsonl"), tokenizer(), 0.1)
+    made = tokens.prepare(str(tmp_path / "x.jsonl"), tokenizer(), 0.1, on_bad_record="skip")
+    assert made.manifest["bad_records"]["skipped"] == 1
+    assert "x.jsonl:21: not valid JSON" in made.manifest["bad_records"]["first"][0]
+    assert "1 bad records skipped" in caplog.text
+    assert made.manifest["train"]["documents"] + made.manifest["held_out"]["documents"] == 20
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [("nowhere.jsonl", "no such file"), ("x/*.jsonl", "nothing matches"), ("file.xyz", "no such file|no reader"), ("package://no_such_pkg/x.csv", "not installed")],

@@ -14,7 +14,8 @@ A source is text with an optional `::column`:
     org/name or org/name@split    a dataset of the Hugging Face hub (split "train" unless given)
 
 Every record must be what it claims to be: UTF-8 without NUL, one JSON object a line, the named column, text in it.
-The first that is not stops the reading with `file:line` and the reason.
+The first that is not stops the reading with `file:line` and the reason; or, asked to, the reader skips it and counts
+(see `BadRecords`). What is wrong with a whole file (damaged gzip, UTF-16, no such column in a table) always stops.
 """
 
 from __future__ import annotations
@@ -42,6 +43,29 @@ TEXT_UNITS = ("line", "file", "paragraph")
 
 Record = tuple[dict[str, Any], str]
 """A record and where it stands, as `file:line`."""
+
+
+class BadRecords:
+    """What becomes of a record that is not what it claims to be.
+
+    Args:
+        skip: leave it out and count it; otherwise the first one stops the reading.
+
+    Attributes:
+        count: records left out.
+        first: what was wrong with the first few of them, each with its `file:line`.
+    """
+
+    def __init__(self, skip: bool = False):
+        self.skip, self.count, self.first = skip, 0, list[str]()
+
+    def __call__(self, error: UserError) -> None:
+        """Raise the error, or count it."""
+        if not self.skip:
+            raise error
+        self.count += 1
+        if len(self.first) < 5:
+            self.first.append(str(error))
 
 
 @dataclass(frozen=True)
@@ -147,22 +171,33 @@ def _file(path: Path, column: str, where: str) -> Source:
     return Source(str(path), kind, column or None)
 
 
-def documents(sources: Iterable[Source], on_bytes: Callable[[int], None] | None = None) -> Iterator[tuple[str, str]]:
+def documents(sources: Iterable[Source], on_bytes: Callable[[int], None] | None = None, bad: BadRecords | None = None) -> Iterator[tuple[str, str]]:
     """Each document's text and where it stands. Blank ones are skipped.
 
     Args:
         sources: from `resolve`.
         on_bytes: called with the number of file bytes read since the last call, for progress.
+        bad: what becomes of bad records; unset, the first stops the reading.
     """
+    bad = bad or BadRecords()
     for source in sources:
         column = "text" if source.kind == "txt" else "#1" if source.column == "#" else source.column or "text"
-        for record, where in records(source, on_bytes):
-            value = field_of(record, column, where)
-            if not isinstance(value, str):
-                raise UserError(f"{where}: column '{column}' holds {_type(value)}, expected text")
-            check_text(value, where)
+        before, good = bad.count, 0
+        for record, where in records(source, on_bytes, bad):
+            try:
+                value = field_of(record, column, where)
+                if not isinstance(value, str):
+                    raise UserError(f"{where}: column '{column}' holds {_type(value)}, expected text")
+                check_text(value, where)
+            except UserError as error:
+                bad(error)
+                continue
+            good += 1
             if value.strip():
                 yield value, where
+        if bad.count > before and not good:
+            # A misspelt column or the wrong file is no bad record.
+            raise UserError(f"{source.path}: none of its {bad.count - before} records can be read, so none is skipped; {bad.first[-1]}")
 
 
 def field_of(record: dict[str, Any], column: str, where: str) -> Any:
@@ -184,8 +219,9 @@ def _type(value: Any) -> str:
     return {type(None): "nothing (null)", list: "a list", dict: "an object", bool: "true or false"}.get(type(value), f"a number ({value!r})")
 
 
-def records(source: Source, on_bytes: Callable[[int], None] | None = None) -> Iterator[Record]:
-    """The records of one source, each a dict of columns, with `file:line`."""
+def records(source: Source, on_bytes: Callable[[int], None] | None = None, bad: BadRecords | None = None) -> Iterator[Record]:
+    """The records of one source, each a dict of columns, with `file:line`; `bad` as for `documents`."""
+    bad = bad or BadRecords()
     if source.kind in ("saved", "hub"):
         yield from _dataset_records(source)
         return
@@ -198,11 +234,11 @@ def records(source: Source, on_bytes: Callable[[int], None] | None = None) -> It
         elif source.kind == "parquet":
             yield from _parquet(stream, source.path)
         elif source.kind == "jsonl":
-            yield from _jsonl(stream, source.path)
+            yield from _jsonl(stream, source.path, bad)
         elif source.kind == "txt":
-            yield from _txt(stream, source.path, source.column or "line")
+            yield from _txt(stream, source.path, source.column or "line", bad)
         else:
-            yield from _table(stream, source.path, "," if source.kind == "csv" else "\t", headless=(source.column or "").startswith("#"))
+            yield from _table(stream, source.path, "," if source.kind == "csv" else "\t", (source.column or "").startswith("#"), bad)
 
 
 class _Counting(io.BufferedReader):
@@ -248,70 +284,94 @@ def _open(path: str, on_bytes: Callable[[int], None] | None) -> IO[bytes]:
     return raw
 
 
-def _lines(stream: IO[bytes], path: str) -> Iterator[tuple[int, str]]:
-    """Lines without their ends, decoded; split at LF alone (CR LF included), never at U+2028."""
+def _lines(stream: IO[bytes], path: str, bad: BadRecords) -> Iterator[tuple[int, str]]:
+    """Lines without their ends, decoded; split at LF alone (CR LF included), never at U+2028. A bad one has a NUL in it."""
     number = 0
     while True:
         number += 1
         try:
             line = stream.readline(MAX_LINE + 1)
+            rest = line
+            while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
+                if not bad.skip:
+                    break
+                rest = stream.readline(MAX_LINE + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path}:{number}: the gzip data is damaged: {error}") from None
         if not line:
             return
-        if len(line) > MAX_LINE:
-            raise UserError(f"{path}:{number}: longer than {MAX_LINE // 2**20} MiB; one document a line, please")
         if number == 1:
             if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise UserError(f"{path}:1: is UTF-16; convert it to UTF-8")
             line = line.removeprefix(b"\xef\xbb\xbf")
-        line = line.removesuffix(b"\n").removesuffix(b"\r")
         try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{number}: not UTF-8 at byte {error.start} of the line (0x{line[error.start]:02x})") from None
-        if "\0" in text:
-            raise UserError(f"{path}:{number}: holds a NUL character: this is not text")
-        yield number, text
+            yield number, _text_of(line, f"{path}:{number}")
+        except UserError as error:
+            bad(error)
+            # Its quotes still tell a table where the record ends that it spoils.
+            yield number, (line.decode("utf-8", "replace").strip("\r\n") if len(line) <= MAX_LINE else "") + "\0"
 
 
-def _txt(stream: IO[bytes], path: str, unit: str) -> Iterator[Record]:
+def _text_of(line: bytes, where: str) -> str:
+    if len(line) > MAX_LINE:
+        raise UserError(f"{where}: longer than {MAX_LINE // 2**20} MiB; one document a line, please")
+    line = line.removesuffix(b"\n").removesuffix(b"\r")
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line (0x{line[error.start]:02x})") from None
+    if "\0" in text:
+        raise UserError(f"{where}: holds a NUL character: this is not text")
+    return text
+
+
+def _txt(stream: IO[bytes], path: str, unit: str, bad: BadRecords) -> Iterator[Record]:
     held: list[str] = []
     begin = size = 0
-    for number, line in _lines(stream, path):
-        if "\r" in line:
-            raise UserError(f"{path}:{number}: a carriage return inside the line; convert the line ends to LF")
+    spoilt = False  # a bad line spoils the document that it stands in
+    for number, line in _lines(stream, path, bad):
+        wrong = "\0" in line
+        if "\r" in line and not wrong:
+            bad(UserError(f"{path}:{number}: a carriage return inside the line; convert the line ends to LF"))
+            wrong = True
         if unit == "line":
-            yield {"text": line}, f"{path}:{number}"
+            if not wrong:
+                yield {"text": line}, f"{path}:{number}"
             continue
         if unit == "paragraph" and not line.strip():
-            if held:
+            if held and not spoilt:
                 yield {"text": "\n".join(held)}, f"{path}:{begin}"
-            held, size = [], 0
+            held, size, spoilt = [], 0, False
             continue
-        begin = begin if held else number
+        begin = begin if held or spoilt else number
+        if wrong or spoilt:
+            held, spoilt = [], True
+            continue
         held.append(line)
         size += len(line)
         if size > MAX_LINE:
-            raise UserError(f"{path}:{begin}: this {unit} is longer than {MAX_LINE // 2**20} million characters")
+            bad(UserError(f"{path}:{begin}: this {unit} is longer than {MAX_LINE // 2**20} million characters"))
+            held, spoilt = [], True
     if held:
         yield {"text": "\n".join(held)}, f"{path}:{begin}"
 
 
-def _jsonl(stream: IO[bytes], path: str) -> Iterator[Record]:
-    for number, line in _lines(stream, path):
-        if not line.strip():
+def _jsonl(stream: IO[bytes], path: str, bad: BadRecords) -> Iterator[Record]:
+    for number, line in _lines(stream, path, bad):
+        if "\0" in line or not line.strip():
             continue
         where = f"{path}:{number}"
         try:
             record = json.loads(line)
         except RecursionError:
-            raise UserError(f"{where}: nested too deeply") from None
+            bad(UserError(f"{where}: nested too deeply"))
         except ValueError as error:
-            raise UserError(f"{where}: not valid JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: expected a JSON object with a column for the text, got {_type(record) if not isinstance(record, str) else 'text'}")
-        yield record, where
+            bad(UserError(f"{where}: not valid JSON: {error}"))
+        else:
+            if isinstance(record, dict):
+                yield record, where
+            else:
+                bad(UserError(f"{where}: expected a JSON object with a column for the text, got {_type(record) if not isinstance(record, str) else 'text'}"))
 
 
 def _squad(stream: IO[bytes], path: str) -> Iterator[Record]:
@@ -328,14 +388,14 @@ def _squad(stream: IO[bytes], path: str) -> Iterator[Record]:
         raise UserError(f"{path}: not SQuAD JSON (data, paragraphs, qas, context): {error!r}; one record a line belongs into a .jsonl") from None
 
 
-def _table(stream: IO[bytes], path: str, delimiter: str, headless: bool) -> Iterator[Record]:
+def _table(stream: IO[bytes], path: str, delimiter: str, headless: bool, bad: BadRecords) -> Iterator[Record]:
     """CSV with quotes; TSV without (a quote there is a character). The first line names the columns, unless headless."""
     csv.field_size_limit(MAX_LINE)
     line_number = 0
 
     def lines() -> Iterator[str]:
         nonlocal line_number
-        for line_number, line in _lines(stream, path):  # noqa: B007
+        for line_number, line in _lines(stream, path, bad):  # noqa: B007
             yield line + "\n"
 
     reader = csv.reader(lines(), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE, strict=True)
@@ -347,8 +407,16 @@ def _table(stream: IO[bytes], path: str, delimiter: str, headless: bool) -> Iter
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"{path}:{begin}: not valid {'CSV' if delimiter == ',' else 'TSV'}: {error}") from None
+            wrong = UserError(f"{path}:{begin}: not valid {'CSV' if delimiter == ',' else 'TSV'}: {error}")
+            if "unexpected end" in str(error):
+                raise wrong from None
+            bad(wrong)
+            continue
         if not row:
+            continue
+        if any("\0" in value for value in row):
+            if header is None and not headless:
+                raise UserError(f"{path}:{begin}: the header cannot be read; {bad.first[-1]}")
             continue
         if header is None and headless:
             header = [f"#{k + 1}" for k in range(len(row))]
@@ -358,7 +426,8 @@ def _table(stream: IO[bytes], path: str, delimiter: str, headless: bool) -> Iter
                 raise UserError(f"{path}:{begin}: the header names a column twice: {', '.join(header)}")
             continue
         if len(row) != len(header):
-            raise UserError(f"{path}:{begin}: {len(row)} fields, where the {'first line' if headless else 'header'} has {len(header)}")
+            bad(UserError(f"{path}:{begin}: {len(row)} fields, where the {'first line' if headless else 'header'} has {len(header)}"))
+            continue
         yield dict(zip(header, row, strict=True)), f"{path}:{begin}"
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,8 @@ from lmssl.data.contamination import Grams
 from lmssl.errors import UserError, written
 from lmssl.objectives.base import Row, Vocab
 from lmssl.tokenization import Tokenizer
+
+log = logging.getLogger("lmssl")
 
 FORMAT = 1
 BATCH_CHARACTERS = 2**21
@@ -124,6 +127,7 @@ def write(
     held_out: float | Iterable[tuple[str, str]] = 0.01,
     sources: list[dict[str, Any]] | None = None,
     tests: Grams | None = None,
+    bad: corpus.BadRecords | None = None,
 ) -> TokenSet:
     """Tokenize documents into a token set at `out`; complete or not there at all.
 
@@ -133,6 +137,7 @@ def write(
             of their own, which are then dropped from `texts`.
         sources: what the manifest says of the text's origin.
         tests: training documents that share 13 words in a row with these are dropped and counted.
+        bad: of the reader behind `texts`; what it skipped is counted in the manifest.
 
     Raises:
         UserError: no document, or so few that none is left to train on.
@@ -172,6 +177,8 @@ def write(
         tokenizer.save(stage / "tokenizer")
         manifest = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocabulary": tokenizer.size, "sources": sources or [], "duplicates": duplicates, **counts}
         manifest |= {"decontaminated": leaks} if tests is not None else {}
+        if bad and bad.skip:
+            manifest["bad_records"] = {"skipped": bad.count, "first": bad.first}
         (stage / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -187,13 +194,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LMSSL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmssl")
 
 
-def prepare(text: str | list[str], tokenizer: Tokenizer, held_out: float | str = 0.01, decontaminate: bool | str | list[str] = False, *, quiet: bool = False) -> TokenSet:
+def prepare(
+    text: str | list[str], tokenizer: Tokenizer, held_out: float | str = 0.01, decontaminate: bool | str | list[str] = False, *, on_bad_record: str = "stop", quiet: bool = False
+) -> TokenSet:
     """The token set of a recipe's text: found by content hash where it was prepared before, made otherwise.
 
     Several processes may call it at once; one prepares, the others wait.
 
     Args:
         decontaminate: files whose texts no training document may overlap; True: the held-out documents.
+        on_bad_record: "stop" at the first, or "skip" and count them in the manifest.
     """
     from filelock import FileLock
 
@@ -204,6 +214,8 @@ def prepare(text: str | list[str], tokenizer: Tokenizer, held_out: float | str =
     tests = corpus.resolve(decontaminate, "data.decontaminate") if not isinstance(decontaminate, bool) else []
     identity = [FORMAT, tokenizer.hash, [(s["sha256"], s["column"]) for s in described], held_described or held_out]
     identity += [[(s.fingerprint(), s.column) for s in tests] or True] if decontaminate else []
+    skip = on_bad_record == "skip"
+    identity += ["skip"] if skip else []
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / "tokens" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -215,10 +227,14 @@ def prepare(text: str | list[str], tokenizer: Tokenizer, held_out: float | str =
             grams = None
             if decontaminate:
                 limit = 0 if held else below(float(held_out))
-                own = ((text, where) for text, where in corpus.documents(train) if content_hash(text) < limit)
-                grams = Grams(text for text, _ in (corpus.documents(tests or held) if tests or held else own))
-            texts = corpus.documents(train, bar.update)
-            return write(texts, tokenizer, folder, corpus.documents(held, bar.update) if held else float(held_out), described, grams)
+                own = ((text, where) for text, where in corpus.documents(train, None, corpus.BadRecords(skip)) if content_hash(text) < limit)
+                grams = Grams(text for text, _ in (corpus.documents(tests or held, None, corpus.BadRecords(skip)) if tests or held else own))
+            bad = corpus.BadRecords(skip)
+            texts = corpus.documents(train, bar.update, bad)
+            made = write(texts, tokenizer, folder, corpus.documents(held, bar.update, bad) if held else float(held_out), described, grams, bad)
+        if bad.count:
+            log.warning("%d bad records skipped, the first: %s", bad.count, bad.first[0])
+        return made
 
 
 def _progress(total: int, quiet: bool) -> Any:
