@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +162,40 @@ def all_of(root: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def newest(root: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
+def fits(folder: Path, shapes: Mapping[str, Sequence[int]], tied: Collection[str]) -> None:
+    """Refuse weights that are not those of a model, all of them and no others.
+
+    Args:
+        shapes: of the model's tensors, by name.
+        tied: names that may be missing, since they share another's memory.
+
+    Raises:
+        Damaged: a tensor missing, unknown, or of another shape.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as tensors:
+            found |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+    for name in sorted(set(shapes) | set(found)):
+        here = f"{folder.name}/model.safetensors: the weight {name}"
+        if name not in found:
+            if name not in tied:
+                raise Damaged(f"{here} is missing")
+        elif name not in shapes:
+            raise Damaged(f"{here} is none of the model's")
+        elif list(shapes[name]) != list(found[name]):
+            raise Damaged(f"{here} has shape {list(found[name])}, the model {list(shapes[name])}")
+
+
+def newest(root: Path, check: Callable[[Path, dict[str, Any]], None] = lambda folder, manifest: None) -> tuple[Path | None, dict[str, Any], list[str]]:
     """The newest whole checkpoint, its manifest, and why each newer one was passed over.
 
     A damaged folder is kept, renamed to `damaged-checkpoint-N`, so that nothing ever resumes from it.
+
+    Args:
+        check: raises Damaged for a folder that is whole and still not to be resumed from.
 
     Raises:
         UserError: there are checkpoints and none is whole.
@@ -173,7 +204,9 @@ def newest(root: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     candidates = all_of(root)
     for folder in candidates:
         try:
-            return folder, verify(folder), rejected
+            manifest = verify(folder)
+            check(folder, manifest)
+            return folder, manifest, rejected
         except Damaged as error:
             rejected.append(str(error))
     if candidates:

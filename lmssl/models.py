@@ -8,7 +8,9 @@ untouched, so the model stays the ordinary `PreTrainedModel` that `save_pretrain
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -103,6 +105,10 @@ def read_config(source: str, where: str) -> PretrainedConfig:
         raise UserError(f"{where}: {source} is no checkpoint folder (no config.json in it)")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except OSError as error:
+        if Path(source).exists():
+            raise UserError(f"{where}: {source}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{where}: {source} is no folder here, and cannot be had from the hub under that id ({str(error).strip().splitlines()[0][:120]})") from error
     except Exception as error:
         raise UserError(f"{where}: {source}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
@@ -206,6 +212,13 @@ def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Fami
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = vocab.pad
     return model
+
+
+def description(config: PretrainedConfig, model: PreTrainedModel) -> str:
+    """One line that differs where two models do, but for their weights."""
+    plain = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype", "architectures")}
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{config.model_type}, {parameters(model):,} parameters, configuration {digest[:8]}"
 
 
 def parameters(model: nn.Module) -> int:

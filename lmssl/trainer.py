@@ -6,8 +6,10 @@ import contextlib
 import logging
 import math
 import os
+import pickle
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -80,7 +82,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             raise UserError(f"trainer: {args.n_gpu} GPUs are visible to one process; start one process each: accelerate launch -m lmssl ...")
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.remove_callback(callback)
-        self.optimizer_kind, self.identity, self.quiet = optimizer, identity or {}, quiet
+        self.optimizer_kind, self.identity, self.quiet = optimizer, {**(identity or {}), "model": models.description(model.config, model)}, quiet
         self.on_spike, self.worker_timeout = on_spike, worker_timeout
         self.clock, self.tokens_seen, self.curve = Clock(), 0, list[dict[str, float]]()
         self._tokens_before = 0  # counted by all ranks before this resume
@@ -225,6 +227,12 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         last = f"the last good checkpoint is {whole[0]}" if whole else "no checkpoint was completed before"
         return kind(f"{reason}; {last}")
 
+    def _fits(self, folder: Path, manifest: dict[str, Any]) -> None:
+        if manifest["identity"].get("model") == self.identity["model"]:
+            state = self.accelerator.unwrap_model(self.model).state_dict()
+            memory = Counter(value.data_ptr() for value in state.values())
+            checkpoints.fits(folder, {k: v.shape for k, v in state.items()}, {k for k, v in state.items() if memory[v.data_ptr()] > 1})
+
     def resume_point(self, accept: tuple[str, ...] = ()) -> Path | None:
         """The newest whole checkpoint of this run; None where none was ever completed.
 
@@ -233,7 +241,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
                 the difference is named in `accept`.
         """
         root = Path(self.args.output_dir)
-        path, manifest, rejected = checkpoints.newest(root)
+        path, manifest, rejected = checkpoints.newest(root, self._fits)
         for reason in rejected:
             log.warning("passed over: %s", reason)
         if path is None:
@@ -260,7 +268,10 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             Interrupted: a signal, after saving.
         """
         with self.guard.signals():
-            self.train(resume_from_checkpoint=str(resume) if resume else None)
+            try:
+                self.train(resume_from_checkpoint=str(resume) if resume else None)
+            except pickle.UnpicklingError as error:
+                raise UserError(f"{resume}: holds a pickle of more than tensors, which is not loaded: {str(error).splitlines()[0][:200]}") from error
         if self.guard.signum:
             name = signal.Signals(self.guard.signum).name
             where = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

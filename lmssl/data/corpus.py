@@ -39,6 +39,8 @@ from lmssl.errors import UserError, did_you_mean
 KINDS = ("txt", "jsonl", "csv", "tsv", "parquet")
 MAX_LINE = 16 * 2**20
 """Bytes: a longer line is a mistake (or a whole corpus without line ends), and would be held in memory."""
+FREE_BYTES, MAX_RATIO = 64 * 2**20, 200
+"""gzip data may unpack to so many bytes, or to this many times its own size."""
 TEXT_UNITS = ("line", "file", "paragraph")
 
 Record = tuple[dict[str, Any], str]
@@ -280,8 +282,24 @@ def _open(path: str, on_bytes: Callable[[int], None] | None) -> IO[bytes]:
     if not packed and head[:3] == b"PK\x03":
         raise UserError(f"{path}: is a zip archive; unpack it first")
     if packed:
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**20)  # type: ignore[arg-type]
+        return io.BufferedReader(_Unpacked(raw, path), 2**20)  # type: ignore[arg-type]
     return raw
+
+
+class _Unpacked(gzip.GzipFile):
+    """gzip data that refuses to grow a thousandfold: no text does, an archive made to fill a disk does."""
+
+    def __init__(self, raw: io.BufferedReader, path: str):
+        super().__init__(fileobj=raw)
+        self._packed, self._path, self._given = raw, path, 0
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read1(len(buffer))
+        buffer[: len(data)] = data
+        self._given += len(data)
+        if self._given > FREE_BYTES and self._given > MAX_RATIO * self._packed.tell():
+            raise UserError(f"{self._path}: {self._given // 2**20} MiB so far from {self._packed.tell()} bytes of gzip data, more than {MAX_RATIO} to 1: this is not text")
+        return len(data)
 
 
 def _lines(stream: IO[bytes], path: str, bad: BadRecords) -> Iterator[tuple[int, str]]:
