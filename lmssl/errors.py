@@ -43,6 +43,9 @@ def written(what: str, stop: Callable[[str], Exception] = Stopped) -> Iterator[N
     except Exception as error:
         text = " ".join(str(error).split())
         foreign = type(error).__module__.startswith("safetensors") or isinstance(error, RuntimeError)
+        if foreign and "inline_container" in text:  # torch.save counts bytes and names no reason
+            text = "the file is shorter than what was written to it; the disk or a limit on file size is full"
+            raise stop(f"{what} cannot be written: {text}") from error
         if foreign and any(word in text.lower() for word in ("write", "space", "too large", "os error")):
             raise stop(f"{what} cannot be written: {text[:200]}") from error
         raise
