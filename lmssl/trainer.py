@@ -333,6 +333,8 @@ class PretrainTrainer(ExactTrainer):
             raise UserError(f"the tokenizer has {ids} ids, the model {rows} embeddings; models.build takes the size from the tokenizer")
         if args.max_steps <= 0:
             raise UserError(f"trainer.max_steps: {args.max_steps} must be at least 1 optimizer step")
+        if not train_dataset.manifest["held_out"]["documents"]:
+            raise UserError("train_dataset: no document is held out, and a run is judged by held-out text; prepare it with held_out above 0")
         length = seq_length or models.max_length(model.config)
         if length is None:
             raise UserError("seq_length: this model has no fixed number of positions; say how many tokens a row has")

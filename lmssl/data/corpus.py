@@ -39,7 +39,9 @@ from lmssl.errors import UserError, did_you_mean
 KINDS = ("txt", "jsonl", "csv", "tsv", "parquet")
 MAX_LINE = 16 * 2**20
 """Bytes: a longer line is a mistake (or a whole corpus without line ends), and would be held in memory."""
-FREE_BYTES, MAX_RATIO = 64 * 2**20, 200
+MAX_RECORD_LINES = 100_000
+"""Lines of one record of a table."""
+FREE_BYTES, MAX_RATIO = 2**20, 200
 """gzip data may unpack to so many bytes, or to this many times its own size."""
 TEXT_UNITS = ("line", "file", "paragraph")
 
@@ -298,7 +300,7 @@ class _Unpacked(gzip.GzipFile):
         buffer[: len(data)] = data
         self._given += len(data)
         if self._given > FREE_BYTES and self._given > MAX_RATIO * self._packed.tell():
-            raise UserError(f"{self._path}: {self._given // 2**20} MiB so far from {self._packed.tell()} bytes of gzip data, more than {MAX_RATIO} to 1: this is not text")
+            raise UserError(f"{self._path}: {self._given} bytes so far from {self._packed.tell()} bytes of gzip data, more than {MAX_RATIO} to 1: this is not text")
         return len(data)
 
 
@@ -409,11 +411,13 @@ def _squad(stream: IO[bytes], path: str) -> Iterator[Record]:
 def _table(stream: IO[bytes], path: str, delimiter: str, headless: bool, bad: BadRecords) -> Iterator[Record]:
     """CSV with quotes; TSV without (a quote there is a character). The first line names the columns, unless headless."""
     csv.field_size_limit(MAX_LINE)
-    line_number = 0
+    line_number, begin = 0, 1
 
     def lines() -> Iterator[str]:
         nonlocal line_number
         for line_number, line in _lines(stream, path, bad):  # noqa: B007
+            if line_number - begin > MAX_RECORD_LINES:
+                raise UserError(f"{path}:{begin}: a quoted field runs over more than {MAX_RECORD_LINES:,} lines; is its closing quote missing?")
             yield line + "\n"
 
     reader = csv.reader(lines(), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE, strict=True)

@@ -173,7 +173,8 @@ def write(
             (train if any_held else held).add(waiting[1])
         counts = {"train": train.close(stage / "train"), "held_out": held.close(stage / "held_out")}
         if not counts["train"]["documents"]:
-            raise UserError("data.text: no document to train on" + (": the only one is held out" if counts["held_out"]["documents"] else "; is the text empty?"))
+            names = ", ".join(s["path"] for s in (sources or [])[:3])
+            raise UserError(f"data.text: {names}{': ' if names else ''}no document to train on" + (": the only one is held out" if counts["held_out"]["documents"] else "; is the text empty?"))
         tokenizer.save(stage / "tokenizer")
         manifest = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocabulary": tokenizer.size, "sources": sources or [], "duplicates": duplicates, **counts}
         manifest |= {"decontaminated": leaks} if tests is not None else {}
@@ -258,11 +259,11 @@ class TokenSet:
         self.folder, self.split = Path(folder), split
         try:
             self.manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-            table = datasets.load_from_disk(str(self.folder / split)).data
-        except (OSError, ValueError) as error:
+            table = datasets.load_from_disk(str(self.folder / split)).data if self.manifest[split]["documents"] else None
+        except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: not a token set (made by `lmssl prepare`): {error}") from None
         # Zero-copy views of the memory-mapped Arrow buffers, and the running number of each document's first token.
-        chunks = [c for c in table.column("input_ids").chunks if len(c)]
+        chunks = [c for c in table.column("input_ids").chunks if len(c)] if table else []
         self._values = [c.flatten().to_numpy(zero_copy_only=True) for c in chunks]
         self._chunk_starts = np.concatenate([[0], np.cumsum([len(v) for v in self._values])]).astype(np.int64)
         counts = [np.diff(c.offsets.to_numpy()) for c in chunks]
