@@ -84,7 +84,7 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
         raise UserError("trainer.accelerator_config: split_batches and dispatch_batches are not to be set: item i of the stream belongs to one place in the batch")
     config.check_keys(section, [*(fields - set(owned)), *OURS], "trainer")
     values = {k: config.convert(v, OURS.get(k) or hints[k], f"trainer.{k}") for k, v in section.items()}
-    if "output_dir" not in values:
+    if not str(values.get("output_dir") or "").strip():
         raise UserError("trainer.output_dir: missing; name the folder of the run")
     _check_ranges(values)
     if "num_train_epochs" in values:
@@ -103,6 +103,8 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
         if (name in POSITIVE and value <= 0) or (name in NOT_NEGATIVE and value < 0) or (name in BELOW_ONE and not 0 <= value < 1):
             bound = "above 0" if name in POSITIVE else "at least 0" if name in NOT_NEGATIVE else "at least 0 and below 1"
             raise UserError(f"trainer.{name}: {value} must be {bound}")
+        if isinstance(value, int) and not -(2**31) <= value < 2**32:
+            raise UserError(f"trainer.{name}: {value} must be below 2^32")
 
 
 def global_batch(values: Mapping[str, Any]) -> int:

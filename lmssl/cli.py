@@ -105,6 +105,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except OSError as error:  # a name too long, a folder without permission, wherever it was first touched
+        print(f"lmssl: error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     return 0
 
 

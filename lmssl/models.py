@@ -77,6 +77,8 @@ def config_of(section: Mapping[str, Any], where: str = "model") -> PretrainedCon
     if source is not None:
         check_keys(keys, ["attn_implementation"], where)
         return read_config(str(source), f"{where}.from")
+    if not isinstance(architecture, str):
+        raise UserError(f"{where}.architecture: expected the name of an architecture, got {architecture!r}")
     choices = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
     if architecture not in choices or architecture not in transformers.CONFIG_MAPPING:
         raise UserError(f"{where}.architecture: no architecture '{architecture}' in transformers {transformers.__version__}; {did_you_mean(architecture, choices)}")

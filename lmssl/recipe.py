@@ -102,6 +102,12 @@ class FinetuneData:
     max_length: int | None = None
     """Tokens of a text that the model reads; unset: what the backbone was pretrained with."""
 
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 8:
+            raise ValueError(f"max_length={self.max_length} must be at least 8 tokens")
+        if isinstance(self.test, float) and not 0 < self.test < 1:
+            raise ValueError(f"test={self.test} must be a fraction above 0 and below 1, a number of documents, or files")
+
 
 @dataclass(frozen=True)
 class FinetuneRecipe:

@@ -176,3 +176,30 @@ def test_fine_tuning_owns_the_seed(tmp_path):
 def test_missing_sections_and_paths(tmp_path):
     with pytest.raises(UserError, match=r"data.tokenizer: missing"):
         PretrainRecipe.of({"data": {"text": "x"}, "model": {"architecture": "bert"}, "objective": {"name": "masked"}, "trainer": {}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.architecture=[]"], "model.architecture: expected the name"),
+        (["trainer.output_dir=null"], "trainer.output_dir: missing"),
+        (["trainer.output_dir=''"], "trainer.output_dir: missing"),
+        (["trainer.per_device_train_batch_size=9223372036854775808"], r"must be below 2\^32"),
+        ([f"data.text={'a' * 300}"], "File name too long"),
+    ],
+    ids=["architecture", "null", "empty", "huge", "long"],
+)
+def test_found_by_the_fuzzer(overrides, message, tmp_path, corpus_file, capsys):
+    test_bad_recipe_is_one_line_and_exit_2(overrides, message, tmp_path, corpus_file, capsys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [("data.test=-0.5", "fraction above 0"), ("data.max_length=-1", "at least 8 tokens"), ("task.name={a: 1}", "no task"), (f"model.from={'a' * 300}", "too long")],
+)
+def test_found_by_the_fuzzer_in_fine_tuning(keys, message, tmp_path, capsys):
+    import re
+
+    (tmp_path / "r.yaml").write_text(f"task: {{name: sentiment}}\ndata: {{train: x.jsonl}}\nmodel: {{from: nowhere}}\ntrainer: {{output_dir: {tmp_path / 'out'}}}\n")
+    assert run(["finetune", str(tmp_path / "r.yaml"), keys]) == 2
+    assert re.search(message, capsys.readouterr().err)

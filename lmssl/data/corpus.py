@@ -484,6 +484,6 @@ def _dataset_records(source: Source) -> Iterator[Record]:
             data = datasets.load_dataset(source.path, split=source.split)
     except Exception as error:  # offline, unknown id, missing split, broken folder: many types, one way out
         what = "cannot be loaded" if source.kind == "saved" else "is no file or folder here and cannot be had from the hub"
-        raise UserError(f"data.text: {source.path} {what}: {type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
+        raise UserError(f"{source.path} {what}: {type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
     for number, record in enumerate(data):
         yield record, f"{source.path}:{number + 1}"

@@ -174,7 +174,9 @@ def write(
         counts = {"train": train.close(stage / "train"), "held_out": held.close(stage / "held_out")}
         if not counts["train"]["documents"]:
             names = ", ".join(s["path"] for s in (sources or [])[:3])
-            raise UserError(f"data.text: {names}{': ' if names else ''}no document to train on" + (": the only one is held out" if counts["held_out"]["documents"] else "; is the text empty?"))
+            raise UserError(
+                f"data.text: {names}{': ' if names else ''}no document to train on" + (": the only one is held out" if counts["held_out"]["documents"] else "; is the text empty?")
+            )
         tokenizer.save(stage / "tokenizer")
         manifest = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocabulary": tokenizer.size, "sources": sources or [], "duplicates": duplicates, **counts}
         manifest |= {"decontaminated": leaks} if tests is not None else {}

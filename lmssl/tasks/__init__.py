@@ -16,6 +16,6 @@ def make_task(section: Mapping[str, Any]) -> Any:
     """The task of a recipe section: `{name: sentiment, labels: [20, 100], seeds: 5}`."""
     fields = dict(section)
     name = fields.pop("name", None)
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise UserError(f"task.name: {'missing' if name is None else f'no task {name!r}'}; {did_you_mean(name, TASKS)}")
     return build(TASKS[name], fields, "task")

@@ -92,7 +92,9 @@ def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
     largest = max(p.stat().st_size for p in (whole / f"checkpoint-{STEPS}").iterdir())
     for number in range(count):
         out, size = folder / f"run-{number}", draw.randint(LOWEST, largest - 1)
-        work = limited(size, lambda: transformers.Trainer, "_save_checkpoint", draw.randint(2, 4), lambda out=out: stock.run(folder, "next_token", out, max_steps=STEPS, save_steps=5))
+        work = limited(
+            size, lambda: transformers.Trainer, "_save_checkpoint", draw.randint(2, 4), lambda out=out: stock.run(folder, "next_token", out, max_steps=STEPS, save_steps=5)
+        )
         child = Child(work, folder)
         code = child.wait()
         clear = code != 0 and "Traceback" not in child.text()

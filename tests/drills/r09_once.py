@@ -101,7 +101,9 @@ def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         import datasets
 
         data = datasets.Dataset.from_dict({"input_ids": [[k] * 8 for k in range(rows)]})
-        made = stock.trainer(folder, "next_token", folder / "out", data=data, max_steps=-1, num_train_epochs=1, per_device_train_batch_size=micro, learning_rate=1e-9, save_strategy="no")
+        made = stock.trainer(
+            folder, "next_token", folder / "out", data=data, max_steps=-1, num_train_epochs=1, per_device_train_batch_size=micro, learning_rate=1e-9, save_strategy="no"
+        )
         found, original = [], made.training_step
 
         def training_step(model, inputs, *rest):
