@@ -270,6 +270,11 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         with self.guard.signals():
             try:
                 self.train(resume_from_checkpoint=str(resume) if resume else None)
+            except RuntimeError as error:
+                # torch's handler for a worker that died raises wherever the main thread happens to be.
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise self.stopped(f"the data of step {self.state.global_step + 1} cannot be made: {of_the_data(error)}") from error
             except pickle.UnpicklingError as error:
                 raise UserError(f"{resume}: holds a pickle of more than tensors, which is not loaded: {str(error).splitlines()[0][:200]}") from error
         if self.guard.signum:

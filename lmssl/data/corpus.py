@@ -415,7 +415,7 @@ def _table(stream: IO[bytes], path: str, delimiter: str, headless: bool, bad: Ba
 
     def lines() -> Iterator[str]:
         nonlocal line_number
-        for line_number, line in _lines(stream, path, bad):  # noqa: B007
+        for line_number, line in _lines(stream, path, bad):
             if line_number - begin > MAX_RECORD_LINES:
                 raise UserError(f"{path}:{begin}: a quoted field runs over more than {MAX_RECORD_LINES:,} lines; is its closing quote missing?")
             yield line + "\n"

@@ -157,11 +157,14 @@ class Backbone:
         try:
             if not pretrained:
                 return auto.from_config(config).float()
-            model, info = auto.from_pretrained(self.source, config=config, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True)
-            model._lmssl_new = frozenset(info["missing_keys"])
-            return model
+            keys = {"config": config, "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
+            model, info = auto.from_pretrained(self.source, output_loading_info=True, **keys)
         except ValueError as error:
             raise UserError(f"model.from: {config.model_type} has no {auto.__name__.removeprefix('AutoModel')} head in transformers: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # no weights, a pickle, a broken file: a type for each library in between
+            raise UserError(f"model.from: {self.source}: the weights cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        model._lmssl_new = frozenset(info["missing_keys"])
+        return model
 
 
 class Task(Protocol):

@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,33 +46,52 @@ Work = Callable[[Tally, int, random.Random, Path], None]
 """(tally, how many, the draw, a folder)"""
 
 
-def main(name: str, ours: Work, stock: Work | None, counts: tuple[int, int], peer_counts: tuple[int, int] | None = None) -> None:
-    """Run a drill from the command line: one JSON line, exit status 1 when missed.
+@dataclass(frozen=True)
+class Drill:
+    """One row of docs/reliability.md.
 
-    Args:
+    Attributes:
+        name: "R1 resume".
         ours, stock: the drill on lmssl, and on the stock Trainer, reader or collator.
         counts: how many cases, reduced and full.
-        peer_counts: the same for the stock twin.
+        peer_counts: the same for the stock twin; unset: `counts`.
+        slice: how many in the ordinary tests.
     """
-    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    parser.add_argument("--count", type=int, help="cases to try")
-    parser.add_argument("--full", action="store_true", help=f"{counts[1]} cases instead of {counts[0]}")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peer", choices=["stock"], help="the same drill on the stock stack")
-    options = parser.parse_args()
-    chosen = (peer_counts or counts) if options.peer else counts
-    work, tally, begun = stock if options.peer else ours, Tally(), time.time()
-    assert work is not None, "the stock stack has nothing that this drill could be run on"
-    warm()
-    with tempfile.TemporaryDirectory() as name_of_folder:
-        folder = Path(name_of_folder)
-        os.environ["LMSSL_CACHE"] = str(folder / "cache")
-        (folder / "text.txt").write_text("\n".join(sentences(600)))
-        (folder / "little.txt").write_text("\n".join(sentences(24)))
-        work(tally, options.count or chosen[options.full], random.Random(options.seed), folder)
-    line = {"drill": name, "held": not tally.failed and tally.tried > 0, "tried": tally.tried, "failed": tally.failed, "seconds": round(time.time() - begun, 1)}
-    print(json.dumps(line | ({"peer": options.peer} if options.peer else {}) | tally.more | ({"misses": tally.misses[:5]} if tally.misses else {})), flush=True)
-    sys.exit(int(not line["held"]))
+
+    name: str
+    ours: Work
+    stock: Work
+    counts: tuple[int, int]
+    peer_counts: tuple[int, int] | None = None
+    slice: int = 1
+
+    def main(self) -> None:
+        """The drill from the command line."""
+        parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
+        parser.add_argument("--count", type=int, help="cases to try")
+        parser.add_argument("--full", action="store_true", help=f"{self.counts[1]} cases instead of {self.counts[0]}")
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--peer", choices=["stock"], help="the same drill on the stock stack")
+        options = parser.parse_args()
+        warm()
+        line = self.run(options.count or self.count(options.full, options.peer), options.seed, options.peer)
+        print(json.dumps(line), flush=True)
+        sys.exit(int(not line["held"]))
+
+    def count(self, full: bool, peer: str | None) -> int:
+        return ((self.peer_counts if peer else None) or self.counts)[full]
+
+    def run(self, count: int, seed: int = 0, peer: str | None = None) -> dict[str, Any]:
+        """Run it, in a process that is `warm`; the JSON line."""
+        tally, begun = Tally(), time.time()
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            os.environ["LMSSL_CACHE"] = str(folder / "cache")
+            (folder / "text.txt").write_text("\n".join(sentences(600)))
+            (folder / "little.txt").write_text("\n".join(sentences(24)))
+            (self.stock if peer else self.ours)(tally, count, random.Random(seed), folder)
+        line = {"drill": self.name, "held": not tally.failed and tally.tried > 0, "tried": tally.tried, "failed": tally.failed, "seconds": round(time.time() - begun, 1)}
+        return line | ({"peer": peer} if peer else {}) | tally.more | ({"misses": tally.misses[:5]} if tally.misses else {})
 
 
 def warm() -> None:
@@ -79,8 +99,7 @@ def warm() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import datasets  # noqa: F401
-    import torch._dynamo
-    import transformers.models.auto.modeling_auto  # noqa: F401
+    import transformers.models.auto.modeling_auto
 
     import lmssl.recipe
     import lmssl.trainer  # noqa: F401

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from tests.drills import stock
-from tests.drills.common import Child, Tally, command, lmssl, main, recipe, same
+from tests.drills.common import Child, Drill, Tally, command, lmssl, recipe, same
 
 STEPS = 40
 CASES = list(itertools.product(["next_token", "masked", "span_corruption"], ["text.txt", "little.txt"], [0, 2], [1, 4]))
@@ -27,7 +27,7 @@ def killed(child: Child, draw: random.Random, steps: int) -> bool:
 def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
     cases = [draw.sample(CASES, len(CASES)) for _ in range(-(-count // len(CASES)))]
     todo = [case for block in cases for case in block][:count]
-    compiled = [(kind, "text.txt", 0, 1) for kind in ("masked", "next_token", "span_corruption")][: 1 if count < 24 else 3]
+    compiled = [(kind, "text.txt", 0, 1) for kind in ("masked", "next_token", "span_corruption")][: 0 if count < 4 else 1 if count < 24 else 3]
     tally.more = {"steps": STEPS, "compiled": len(compiled)}
     whole: dict[tuple, Path] = {}
     for number, (kind, text, workers, accumulate) in enumerate(todo + compiled):
@@ -73,5 +73,7 @@ def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         tally(resumed.wait() == 0 and same(whole[key], out), f"{kind} {text} workers {workers} accumulate {accumulate}, killed after step {step}")
 
 
+DRILL = Drill("R1 resume", ours, peer, (8, 60), (8, 24), slice=1)
+
 if __name__ == "__main__":
-    main("R1 resume", ours, peer, (8, 60), (8, 24))
+    DRILL.main()

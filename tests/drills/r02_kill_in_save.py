@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from tests.drills import stock
-from tests.drills.common import Child, Tally, answer, main, same, tokens_of, trainer
+from tests.drills.common import Child, Drill, Tally, answer, same, tokens_of, trainer
 
 STEPS = 6
 WIDE = {"n_embd": 256}
@@ -122,5 +122,7 @@ def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
     tally.more = {"inside_the_save": inside, "save_seconds": round(span, 3)}
 
 
+DRILL = Drill("R2 kill while saving", ours, peer, (12, 60), (12, 30), slice=2)
+
 if __name__ == "__main__":
-    main("R2 kill while saving", ours, peer, (12, 60), (12, 30))
+    DRILL.main()

@@ -1,12 +1,13 @@
 """R3: a checkpoint damaged in any file and any way is detected, the file named, and the newest good one taken; where
 none is good there is one clear error and no silent fresh start."""
 
+import contextlib
 import random
 import shutil
 from pathlib import Path
 
 from tests.drills import stock
-from tests.drills.common import Child, Tally, answer, main, same, tokens_of, trainer
+from tests.drills.common import Child, Drill, Tally, answer, same, tokens_of, trainer
 
 STEPS = 6
 KINDS = ["missing", "empty", "half", "zeros", "bit", "other step", "nan", "dropped", "renamed", "nan, sealed", "dropped, sealed", "renamed, sealed"]
@@ -70,10 +71,8 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         whole.save_model(str(folder / "whole"))
         cut = trainer("bert", tokens_of(folder), folder / "cut", **keys)
         cut.add_callback(_cut_after(4))
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             cut.run()
-        except KeyboardInterrupt:
-            pass
         files = sorted(p.name for p in (folder / "cut" / "checkpoint-4").iterdir())
         found = []
         for number in range(count):
@@ -162,5 +161,7 @@ def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
     tally.more = {"silent": silent, "crashed": crashed}
 
 
+DRILL = Drill("R3 damage", ours, peer, (24, 60), (18, 45), slice=4)
+
 if __name__ == "__main__":
-    main("R3 damage", ours, peer, (24, 60), (18, 45))
+    DRILL.main()

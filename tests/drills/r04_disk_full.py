@@ -3,11 +3,10 @@ says so, exit status 3, the older checkpoint whole, nothing half-written left, a
 
 import random
 import resource
-import signal
 from pathlib import Path
 
 from tests.drills import stock
-from tests.drills.common import Child, Tally, command, fresh, lmssl, main, recipe, same
+from tests.drills.common import Child, Drill, Tally, command, fresh, lmssl, recipe, same
 
 STEPS, LOWEST = 20, 2**16
 
@@ -103,6 +102,7 @@ def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         tally(clear and finished, f"limit {size}: exit {code}, {'a clear line' if clear else 'a traceback'}, {'resumed' if finished else 'not resumable'}")
 
 
+DRILL = Drill("R4 disk full", ours, peer, (5, 10), (2, 4), slice=2)
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    main("R4 disk full", ours, peer, (5, 10), (2, 4))
+    DRILL.main()

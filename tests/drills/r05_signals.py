@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tests.drills import stock
-from tests.drills.common import Child, Tally, command, lmssl, main, recipe, same
+from tests.drills.common import Child, Drill, Tally, command, lmssl, recipe, same
 
 STEPS = 40
 
@@ -70,5 +70,7 @@ def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         tally(saved, f"{signum.name}: exit {code}, nothing saved")
 
 
+DRILL = Drill("R5 signals", ours, peer, (8, 20), (4, 10), slice=1)
+
 if __name__ == "__main__":
-    main("R5 signals", ours, peer, (8, 20), (4, 10))
+    DRILL.main()

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from tests.drills import stock
-from tests.drills.common import Child, Tally, answer, main, ranks, tokens_of, trainer
+from tests.drills.common import Child, Drill, Tally, answer, ranks, tokens_of, trainer
 
 KINDS = ["loss", "inf loss", "gradient", "weight", "spike", "one rank"]
 
@@ -107,5 +107,7 @@ def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         tally(code != 0 and saved, f"{kind} at step {step}: exit {code}, {'finite' if saved else 'not finite'} weights saved")
 
 
+DRILL = Drill("R6 NaN, inf, spike", ours, peer, (6, 20), (3, 9), slice=2)
+
 if __name__ == "__main__":
-    main("R6 NaN, inf, spike", ours, peer, (6, 20), (3, 9))
+    DRILL.main()

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from tests.drills import stock
-from tests.drills.common import Tally, answer, main, ranks, tokens_of
+from tests.drills.common import Drill, Tally, answer, ranks, tokens_of
 from tests.helpers import SMALL, sentences
 
 LAYOUTS = [(1, 32), (2, 16), (4, 8), (8, 4)]
@@ -79,7 +79,7 @@ def compare(tally: Tally, heads: list[str], step, folder: Path, two_ranks: bool)
         for label, world, accumulate, micro in layouts:
             out = folder / f"{name}-{label.replace(' ', '-')}"
             try:
-                results.append((label, ranks(world, lambda o=out, g=accumulate, b=micro: step(head, folder, o, g, b), folder)[0], out))
+                results.append((label, ranks(world, lambda h=head, o=out, g=accumulate, b=micro: step(h, folder, o, g, b), folder)[0], out))
             except RuntimeError as error:
                 tally(False, f"{head} {label}: {str(error)[-200:]}")
         if not results:
@@ -140,5 +140,7 @@ def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
     compare(tally, heads[:count], one, folder, False)
 
 
+DRILL = Drill("R7 equality", ours, peer, (16, 16), (12, 12), slice=1)
+
 if __name__ == "__main__":
-    main("R7 equality", ours, peer, (16, 16), (12, 12))
+    DRILL.main()

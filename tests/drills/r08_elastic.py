@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 from tests.drills import stock
-from tests.drills.common import KINDS, Tally, main, ranks, tokens_of, trainer
+from tests.drills.common import KINDS, Drill, Tally, ranks, tokens_of, trainer
 
 STEPS, EVERY, BATCH = 9, 3, 16
 
@@ -115,5 +115,7 @@ def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         tally(not wrong, f"{chosen}: other rows at steps {wrong}")
 
 
+DRILL = Drill("R8 elastic", ours, peer, (4, 18), (3, 9), slice=1)
+
 if __name__ == "__main__":
-    main("R8 elastic", ours, peer, (4, 18), (3, 9))
+    DRILL.main()

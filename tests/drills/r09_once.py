@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.drills import stock
-from tests.drills.common import Tally, answer, main, ranks
+from tests.drills.common import Drill, Tally, answer, ranks
 
 
 def numbered(folder: Path, documents: int, draw: random.Random) -> list[list[int]]:
@@ -124,5 +124,7 @@ def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
     tally.more = {"rows_twice": twice}
 
 
+DRILL = Drill("R9 once", ours, peer, (4, 20), (3, 10), slice=1)
+
 if __name__ == "__main__":
-    main("R9 once", ours, peer, (4, 20), (3, 10))
+    DRILL.main()

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.drills.common import ROOT, Tally, main
+from tests.drills.common import ROOT, Drill, Tally
 
 GOOD = "".join(json.dumps({"text": f"review number {n} of a film"}) + "\n" for n in range(30)).encode()
 LINES = "".join(f"review number {n} of a film\n" for n in range(30)).encode()
@@ -211,5 +211,7 @@ def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         path.unlink()
 
 
+DRILL = Drill("R10 bad input", ours, peer, (30, 999), (30, 999), slice=4)
+
 if __name__ == "__main__":
-    main("R10 bad input", ours, peer, (30, 999), (30, 999))
+    DRILL.main()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.drills import stock
-from tests.drills.common import ROOT, Child, Tally, answer, command, main
+from tests.drills.common import ROOT, Child, Drill, Tally, answer, command
 from tests.helpers import sentences
 
 POOL = [
@@ -210,5 +210,7 @@ def senseless(value: Any) -> bool:
     return isinstance(value, list | dict) or value in ("", " ", "x", -1, -0.5) or value is None or value != value
 
 
+DRILL = Drill("R11 config fuzz", ours, peer, (60, 500), (20, 60), slice=6)
+
 if __name__ == "__main__":
-    main("R11 config fuzz", ours, peer, (60, 500), (20, 60))
+    DRILL.main()

@@ -6,7 +6,7 @@ import random
 import shutil
 from pathlib import Path
 
-from tests.drills.common import Tally, answer, main
+from tests.drills.common import Drill, Tally, answer
 from tests.drills.r03_damage import damage
 
 FILES = ["model.safetensors", "optimizer.pt", "trainer_state.json"]
@@ -145,5 +145,7 @@ def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         tally(not miss, miss)
 
 
+DRILL = Drill("R15 rotation", ours, peer, (60, 200), (3, 12), slice=10)
+
 if __name__ == "__main__":
-    main("R15 rotation", ours, peer, (60, 200), (3, 12))
+    DRILL.main()

@@ -1,0 +1,92 @@
+"""All fifteen drills, each a JSON line on stdout; rewrites the table of docs/reliability.md.
+
+python -m tests.drills             reduced counts, lmssl and stock
+python -m tests.drills --full      the counts of the table
+python -m tests.drills --slice     a few cases of each, lmssl alone, no table: what the ordinary tests run
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from datetime import date
+from importlib import import_module
+from pathlib import Path
+
+from tests.drills.common import ROOT, Child, Drill, warm
+
+PAGE = ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- drills: written by `make drills` -->", "<!-- end of drills -->"
+
+
+def modules() -> dict[str, Drill]:
+    names = sorted(p.stem for p in Path(__file__).parent.glob("r[0-9][0-9]_*.py"))
+    return {name: import_module(f"tests.drills.{name}").DRILL for name in names}
+
+
+def run(drill: Drill, count: int, peer: str | None, folder: Path) -> dict:
+    """One drill in a process of its own, forked from this warm one."""
+    path = folder / "line.json"
+    path.unlink(missing_ok=True)
+
+    def work() -> None:
+        path.write_text(json.dumps(drill.run(count, 0, peer)))
+
+    begun = time.time()
+    child = Child(work, folder)
+    code = child.wait(3600)
+    if code or not path.exists():
+        broken = {"drill": drill.name, "held": False, "tried": 0, "failed": 0, "seconds": round(time.time() - begun, 1), "misses": [f"exit {code}: {child.text()[-1000:]}"]}
+        return broken | ({"peer": peer} if peer else {})
+    return json.loads(path.read_text())
+
+
+def table(lines: list[dict], full: bool) -> str:
+    """The drills as a Markdown table: how many cases held on lmssl and on the stock stack."""
+    import torch
+    import transformers
+
+    from lmssl import output
+
+    def cell(line: dict | None) -> str:
+        return "-" if line is None else f"{line['tried'] - line['failed']} of {line['tried']}"
+
+    rows = ["| drill | what must hold | lmssl | stock | seconds |", "|---|---|---:|---:|---:|"]
+    ours, stock = ({line["drill"]: line for line in lines if bool(line.get("peer")) == peer} for peer in (False, True))
+    for name, drill in modules().items():
+        held = " ".join((import_module(f"tests.drills.{name}").__doc__ or "").split()).partition(": ")[2]
+        line = ours[drill.name]
+        rows.append(f"| {drill.name} | {held[0].upper()}{held[1:]} | {cell(line)} | {cell(stock.get(drill.name))} | {line['seconds']:.0f} |")
+    machine = output.environment()
+    head = f"{date.today()}, {machine['device']}, Python {machine['python']}, torch {torch.__version__}, transformers {transformers.__version__}, "
+    return head + ("counts of `make drills-full`" if full else "reduced counts of `make drills`") + ":\n\n" + "\n".join(rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--slice", action="store_true")
+    parser.add_argument("--only", nargs="*", help="names, e.g. r01 r08; no table")
+    options = parser.parse_args()
+    warm()
+    import tempfile
+
+    lines = []
+    with tempfile.TemporaryDirectory() as name:
+        for module, drill in modules().items():
+            if options.only and module[:3] not in options.only:
+                continue
+            for peer in (None,) if options.slice else (None, "stock"):
+                lines.append(run(drill, drill.slice if options.slice else drill.count(options.full, peer), peer, Path(name)))
+                print(json.dumps(lines[-1]), flush=True)
+    if not options.slice and not options.only:
+        text = PAGE.read_text()
+        PAGE.write_text(re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n\n{table(lines, options.full)}\n\n{END}", text, flags=re.DOTALL))
+    return int(any(not line["held"] for line in lines if not line.get("peer")))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONPATH", str(ROOT))
+    sys.exit(main())
