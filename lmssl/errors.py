@@ -10,6 +10,10 @@ class UserError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: str):
+        # A column or a path may have a line break in its own name.
+        super().__init__(" ".join(str(message).splitlines()))
+
 
 class Stopped(Exception):
     """lmssl stopped the run itself (non-finite loss, disk full). Exit status 3; names the last good checkpoint."""

@@ -99,6 +99,7 @@ BAD = {
     "cr.txt": (b"a\rb\rc\n", r"cr.txt:1: a carriage return inside"),
     "zip.jsonl": (b"PK\x03\x04rest", r"zip.jsonl: is a zip archive"),
     "long.txt": (b"a" * (corpus.MAX_LINE + 5), r"long.txt:1: longer than 16 MiB"),
+    "break.csv": (b'zz,"2\n3"\nt,u\n', r"break.csv:3: no column 'text'; choose from: 2 3, zz"),
     "empty.jsonl": (b"", r"no document to train on"),
     "blank.txt": (b"\n  \n\n", r"no document to train on"),
 }
