@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,8 @@ class Damaged(Exception):
 
 def sha256(path: Path) -> str:
     """Of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -81,6 +79,11 @@ def read_signed(path: Path) -> dict[str, Any]:
     return body
 
 
+def _settled(path: Path) -> str:
+    sync(path)
+    return sha256(path)
+
+
 def seal(folder: Path, facts: dict[str, Any]) -> None:
     """Write the manifest of a finished folder, last of all, and force everything to disk.
 
@@ -88,10 +91,10 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
         folder: the staging folder, complete.
         facts: what a resume must know: step, identity of the run, tokens and seconds so far.
     """
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    hashes = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-    for path in files:
-        sync(path)
+    files = sorted((p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST), key=lambda p: -p.stat().st_size)
+    with ThreadPoolExecutor(2) as pool:  # hashing and syncing leave the interpreter free
+        hashed = list(pool.map(_settled, files))
+    hashes = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": value} for p, value in zip(files, hashed, strict=True)}
     for path in (p for p in folder.rglob("*") if p.is_dir()):
         sync(path)
     write_signed(folder / MANIFEST, {**facts, "files": hashes})

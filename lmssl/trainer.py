@@ -11,6 +11,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self.clock, self.tokens_seen, self.curve = Clock(), 0, list[dict[str, float]]()
         self._tokens_before = 0  # counted by all ranks before this resume
         self._stage: Path | None = None
+        self._sealer = ThreadPoolExecutor(1, "lmssl-seal")
+        self._sealing: Future[None] | None = None
         self._begin, self._any_label = 0, False
         self._known_good: set[str] = set()
         self.guard = Guard(self)
@@ -132,7 +135,15 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self._begin = 0
         if isinstance(resume_from_checkpoint, str):
             self._begin = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json")).global_step * self.global_batch
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                self._settle()
+            raise
+        self._settle()
+        self.accelerator.wait_for_everyone()
+        return result
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         return _Onwards(self._begin, len(self.train_dataset))  # type: ignore[arg-type]
@@ -172,19 +183,19 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         return str(self._stage) if self._stage else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        step, root = self.state.global_step, Path(self.args.output_dir)
         with self.clock.paused("saving"):
-            self._stage = root / f".staging-{step}"
+            self._settle()
+            self._stage = Path(self.args.output_dir) / f".staging-{self.state.global_step}"
             try:
-                with written(f"checkpoint {step}", self.stopped):
-                    self._staged_save(model, trial, root)
+                with written(f"checkpoint {self.state.global_step}", self.stopped):
+                    self._staged_save(model, trial)
+            except BaseException:
+                shutil.rmtree(self._stage, ignore_errors=True)
+                raise
             finally:
-                if self.is_world_process_zero():
-                    shutil.rmtree(self._stage, ignore_errors=True)
                 self._stage = None
-            self.accelerator.wait_for_everyone()
 
-    def _staged_save(self, model: Any, trial: Any, root: Path) -> None:
+    def _staged_save(self, model: Any, trial: Any) -> None:
         assert self._stage is not None
         if self.is_world_process_zero():
             shutil.rmtree(self._stage, ignore_errors=True)
@@ -193,12 +204,26 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self.accelerator.wait_for_everyone()
         facts = self._facts()  # sums over ranks, so every rank must ask
         if self.is_world_process_zero():
-            staged = self._stage / f"checkpoint-{self.state.global_step}"
+            # The files are complete and nobody writes to them: hashes, syncs and the rename need not hold the training up.
+            self._sealing = self._sealer.submit(self._seal, self._stage / f"checkpoint-{self.state.global_step}", facts)
+
+    def _seal(self, staged: Path, facts: dict[str, Any]) -> None:
+        root = staged.parent.parent
+        try:
             (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe says it all
             checkpoints.seal(staged, facts)
             checkpoints.publish(staged, root / staged.name)
             self._known_good.add(staged.name)
             checkpoints.rotate(root, self._known_good)
+        finally:
+            shutil.rmtree(staged.parent, ignore_errors=True)
+
+    def _settle(self) -> None:
+        """Wait until the last checkpoint is whole and in its place."""
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            with written("the last checkpoint", self.stopped):
+                sealing.result()
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -223,6 +248,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def stopped(self, reason: str, kind: type[Stopped] = Stopped) -> Stopped:
         """The exception for a run that lmssl ends itself, naming the last good checkpoint."""
+        with contextlib.suppress(Exception):
+            self._settle()
         whole = [p for p in checkpoints.all_of(Path(self.args.output_dir)) if p.name in self._known_good]
         last = f"the last good checkpoint is {whole[0]}" if whole else "no checkpoint was completed before"
         return kind(f"{reason}; {last}")

@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 
 from tests.drills import stock
-from tests.drills.common import Child, Drill, Tally, command, fresh, lmssl, recipe, same
+from tests.drills.common import Child, Drill, Tally, answer, command, fresh, lmssl, recipe, same
 
 STEPS, LOWEST = 20, 2**16
 
@@ -72,11 +72,7 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         errors = [line for line in child.text().splitlines() if line.startswith("lmssl: error")]
         clear = code == 3 and len(errors) == 1 and "cannot be written" in errors[0] and "Traceback" not in child.text()
         saved = checkpoints.all_of(out)
-        try:
-            intact = all(checkpoints.verify(p) for p in saved[:1]) and (bool(saved) or case == "preparation")
-        except checkpoints.Damaged as error:
-            intact = False
-            errors.append(str(error))
+        intact = answer(lambda saved=saved: [bool(checkpoints.verify(p)) for p in saved[:1]], folder) == [True] or case == "preparation"
         left = [p.name for p in (*out.glob(".staging*"), *(folder / f"cache-{number}").glob("tokens/*.part*"))]
         resumed = Child(command("pretrain", path, *([] if case == "preparation" else ["--resume"])), folder)
         finished = resumed.wait() == 0 and same(whole, out)
