@@ -165,12 +165,12 @@ def all_of(root: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def fits(folder: Path, shapes: Mapping[str, Sequence[int]], tied: Collection[str]) -> None:
+def fits(folder: Path, shapes: Mapping[str, Sequence[int]], tied: Mapping[str, Collection[str]]) -> None:
     """Refuse weights that are not those of a model, all of them and no others.
 
     Args:
         shapes: of the model's tensors, by name.
-        tied: names that may be missing, since they share another's memory.
+        tied: for a name, all those that share its memory; one of them must be there.
 
     Raises:
         Damaged: a tensor missing, unknown, or of another shape.
@@ -184,7 +184,7 @@ def fits(folder: Path, shapes: Mapping[str, Sequence[int]], tied: Collection[str
     for name in sorted(set(shapes) | set(found)):
         here = f"{folder.name}/model.safetensors: the weight {name}"
         if name not in found:
-            if name not in tied:
+            if not found.keys() & set(tied.get(name, ())):
                 raise Damaged(f"{here} is missing")
         elif name not in shapes:
             raise Damaged(f"{here} is none of the model's")

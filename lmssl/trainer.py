@@ -9,7 +9,6 @@ import os
 import pickle
 import shutil
 import signal
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -83,6 +82,10 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             raise UserError(f"trainer: {args.n_gpu} GPUs are visible to one process; start one process each: accelerate launch -m lmssl ...")
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.remove_callback(callback)
+        if args.torch_compile and args.device.type == "cpu":
+            # Compiled scatters otherwise add in the order that threads arrive in: no two runs end with the same bits.
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         self.optimizer_kind, self.identity, self.quiet = optimizer, {**(identity or {}), "model": models.description(model.config, model)}, quiet
         self.on_spike, self.worker_timeout = on_spike, worker_timeout
         self.clock, self.tokens_seen, self.curve = Clock(), 0, list[dict[str, float]]()
@@ -257,8 +260,10 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
     def _fits(self, folder: Path, manifest: dict[str, Any]) -> None:
         if manifest["identity"].get("model") == self.identity["model"]:
             state = self.accelerator.unwrap_model(self.model).state_dict()
-            memory = Counter(value.data_ptr() for value in state.values())
-            checkpoints.fits(folder, {k: v.shape for k, v in state.items()}, {k for k, v in state.items() if memory[v.data_ptr()] > 1})
+            memory: dict[int, list[str]] = {}
+            for name, value in state.items():
+                memory.setdefault(value.data_ptr(), []).append(name)
+            checkpoints.fits(folder, {k: v.shape for k, v in state.items()}, {k: memory[v.data_ptr()] for k, v in state.items()})
 
     def resume_point(self, accept: tuple[str, ...] = ()) -> Path | None:
         """The newest whole checkpoint of this run; None where none was ever completed.
