@@ -85,7 +85,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         if args.torch_compile and args.device.type == "cpu":
             # Compiled scatters otherwise add in the order that threads arrive in: no two runs end with the same bits.
             torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.optimizer_kind, self.identity, self.quiet = optimizer, {**(identity or {}), "model": models.description(model.config, model)}, quiet
         self.on_spike, self.worker_timeout = on_spike, worker_timeout
         self.clock, self.tokens_seen, self.curve = Clock(), 0, list[dict[str, float]]()
