@@ -19,6 +19,7 @@ def step(head: str, folder: Path, out: Path, accumulate: int, micro: int):
     import torch
 
     import lmssl
+    from lmssl.data import corpus
     from lmssl.data.stream import mix
     from lmssl.tasks import make_task
     from lmssl.tasks.base import Backbone, Few
@@ -33,7 +34,7 @@ def step(head: str, folder: Path, out: Path, accumulate: int, micro: int):
         name, family = head.split()
         task, source = make_task({"name": name, "labels": [40], **({"max_new_tokens": 8} if name == "translation" else {})}), folder / family
         backbone = Backbone.load(str(source), 32, ["0", "1"] if name == "sentiment" else [])
-        examples = task.read(lmssl.tasks.curve.corpus.resolve(str(folder / f"{name}.jsonl"), "data.train"))
+        examples = task.read(corpus.resolve(str(folder / f"{name}.jsonl"), "data.train"))
         items = [item for some in task.encode(backbone, examples) for item in some]
         made = ExactTrainer(task.model(backbone, True, 0), args, Few(items, [""] * len(items), mix(0), 32), task.collator(backbone, 8), quiet=True)
     for module in made.model.modules():
