@@ -193,7 +193,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
                 with written(f"checkpoint {self.state.global_step}", self.stopped):
                     self._staged_save(model, trial)
             except BaseException:
-                shutil.rmtree(self._stage, ignore_errors=True)
+                if self.is_world_process_zero():
+                    shutil.rmtree(self._stage, ignore_errors=True)
                 raise
             finally:
                 self._stage = None

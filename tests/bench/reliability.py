@@ -25,6 +25,8 @@ import lmssl
 from lmssl import models, tokenization
 from lmssl.objectives import MaskedTokens, NextToken
 from tests import helpers
+from tests.drills import stock
+from tests.drills.common import stop_at
 
 PAIRS = 5
 
@@ -62,12 +64,12 @@ def save(folder: Path) -> None:
     keys = {"max_steps": 10, "save_strategy": "steps"}
     ours = with_state(lmssl.PretrainTrainer(big_model(tokens), NextToken(), tokens, helpers.arguments(folder / "ours", **keys), 128, quiet=True))
     args = helpers.arguments(folder / "stock", save_total_limit=2, **keys)
-    stock = with_state(transformers.Trainer(big_model(tokens), args, train_dataset=[{"input_ids": [0]}]))
-    stock._created_lr_scheduler = True
+    theirs = with_state(transformers.Trainer(big_model(tokens), args, train_dataset=[{"input_ids": [0]}]))
+    theirs._created_lr_scheduler = True
     held, whole = [], []
     for number in range(PAIRS + 1):
         both = []
-        for trainer in (ours, stock):
+        for trainer in (ours, theirs):
             trainer.state.global_step = number + 1
             os.sync()  # what an earlier save left to be written must not be paid by the next
             both.append(timed(lambda t=trainer: t._save_checkpoint(t.model, None)))
@@ -126,14 +128,12 @@ def resume(folder: Path) -> None:
         trainer = lmssl.PretrainTrainer(
             helpers.small_model("bert", tokens.vocab()), MaskedTokens(), tokens, helpers.arguments(out, max_steps=far + 10, logging_steps=100), 32, quiet=True
         )
-        trainer.add_callback(_StopAfter(step + 1))
+        trainer.add_callback(stop_at(step + 1))
         return timed(lambda: trainer.run(trainer.resume_point() if step else None))
 
     def stock_at(step: int) -> float:
-        from tests.drills import stock
-
         trainer = stock.trainer(folder, "masked", folder / f"stock-{step}", max_steps=far + 10, logging_steps=100, save_strategy="no")
-        trainer.add_callback(_StopAfter(step + 1))
+        trainer.add_callback(stop_at(step + 1))
         return timed(lambda: trainer.train(resume_from_checkpoint=str(folder / f"stock-{step}" / f"checkpoint-{step}") if step else None))
 
     (folder / "text.txt").write_text("\n".join(helpers.sentences(600)))
@@ -146,18 +146,8 @@ def resume(folder: Path) -> None:
     print(json.dumps({"bench": "resume at step 1,000,000", "seconds_beyond_a_fresh_start": round(beyond[0], 2), "stock": round(beyond[1], 2)}), flush=True)
 
 
-class _StopAfter(TrainerCallback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= self.step
-
-
 def place(folder: Path, tokens: Any, far: int) -> None:
     """Checkpoints of step 1,000,000: ours through the trainer's own save, stock's through its own."""
-    from tests.drills import stock
-
     ours = lmssl.PretrainTrainer(helpers.small_model("bert", tokens.vocab()), MaskedTokens(), tokens, helpers.arguments(folder / f"at-{far}", max_steps=far + 10), 32, quiet=True)
     theirs = stock.trainer(folder, "masked", folder / f"stock-{far}", max_steps=far + 10)
     for trainer in (ours, theirs):

@@ -7,9 +7,9 @@ python -m tests.drills --slice     a few cases of each, lmssl alone, no table: w
 
 import argparse
 import json
-import os
 import re
 import sys
+import tempfile
 import time
 from datetime import date
 from importlib import import_module
@@ -71,8 +71,6 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", help="names, e.g. r01 r08; no table")
     options = parser.parse_args()
     warm()
-    import tempfile
-
     lines = []
     with tempfile.TemporaryDirectory() as name:
         for module, drill in modules().items():
@@ -88,5 +86,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONPATH", str(ROOT))
     sys.exit(main())

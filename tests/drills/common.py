@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,8 @@ def warm() -> None:
     """Import what children need; start no thread and compute nothing."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    import datasets  # noqa: F401
-    import transformers.models.auto.modeling_auto
-
-    import lmssl.recipe
-    import lmssl.trainer  # noqa: F401
-
-    for name in ("bert", "gpt2", "t5"):
-        getattr(transformers, {"bert": "BertForMaskedLM", "gpt2": "GPT2LMHeadModel", "t5": "T5ForConditionalGeneration"}[name])
+    for name in ("torch._dynamo", "datasets", "lmssl.recipe", "lmssl.trainer", *(f"transformers.models.{name}.modeling_{name}" for name in KINDS.values())):
+        import_module(name)
 
 
 class Child:
@@ -261,6 +256,18 @@ def trainer(architecture: str, tokens: Any, out: Path, *, optimizer: str = "adam
     own = {k: keys.pop(k) for k in ("on_spike", "worker_timeout") if k in keys}
     model = helpers.small_model(architecture, tokens.vocab(), length, dropout=True, **(width or {}))
     return PretrainTrainer(model, helpers.OBJECTIVE[architecture], tokens, helpers.arguments(out, **keys), length, optimizer, quiet=True, **own)
+
+
+def stop_at(step: int, save: bool = False) -> Any:
+    """A callback that ends a run after a step, as a scheduler would."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step >= step:
+                control.should_training_stop, control.should_save = True, control.should_save or save
+
+    return Stop()
 
 
 def fresh(path: Path) -> Path:

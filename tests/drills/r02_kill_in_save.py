@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from tests.drills import stock
-from tests.drills.common import Child, Drill, Tally, answer, same, tokens_of, trainer
+from tests.drills.common import Child, Drill, Tally, answer, same, stop_at, tokens_of, trainer
 
 STEPS = 6
 WIDE = {"n_embd": 256}
@@ -15,15 +15,24 @@ WIDE = {"n_embd": 256}
 
 
 def marked(made):
-    """A trainer that says on stdout when a save begins and ends."""
-    original = made._save_checkpoint
+    """A trainer that says on stdout when a save begins, and when the checkpoint is in its place."""
 
-    def save(*args, **kwargs):
-        print(f"begin {made.state.global_step}", flush=True)
-        original(*args, **kwargs)
-        print(f"end {made.state.global_step}", flush=True)
+    def saying(name: str, before: str, after: str) -> None:
+        original = getattr(made, name)
 
-    made._save_checkpoint = save
+        def said(*args, **kwargs):
+            step = made.state.global_step if name == "_save_checkpoint" else int(args[0].name.rpartition("-")[2])
+            print(f"{before} {step}\n" if before else "", end="", flush=True)
+            original(*args, **kwargs)
+            print(f"{after} {step}\n" if after else "", end="", flush=True)
+
+        setattr(made, name, said)
+
+    if hasattr(made, "_seal"):
+        saying("_save_checkpoint", "begin", "")
+        saying("_seal", "", "end")
+    else:
+        saying("_save_checkpoint", "begin", "end")
     return made
 
 
@@ -39,6 +48,16 @@ def train(folder: Path, out: Path, begin: int | None = None, resume: bool = Fals
     return work
 
 
+def seconds_of_a_save(child: Child) -> float:
+    """Of a run that is left to end."""
+    child.until("begin 2\n")
+    begun = time.time()
+    child.until("end 2\n")
+    span = time.time() - begun
+    assert child.wait() == 0, child.text()
+    return span
+
+
 def kill_in_save(child: Child, step: int, draw: random.Random, span: float) -> bool:
     """SIGKILL somewhere in the save of a step; whether it fell inside."""
     child.until(f"begin {step}\n")
@@ -51,12 +70,7 @@ def kill_in_save(child: Child, step: int, draw: random.Random, span: float) -> b
 def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
     tokens_of(folder)
     whole = folder / "whole"
-    child = Child(train(folder, whole), folder)
-    child.until("begin 2\n")
-    begun = time.time()
-    child.until("end 2\n")
-    span = time.time() - begun
-    assert child.wait() == 0, child.text()
+    span = seconds_of_a_save(Child(train(folder, whole), folder))
     inside = 0
     for number in range(count):
         out, over = folder / f"run-{number}", number % 2 == 1
@@ -79,22 +93,9 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
 def stop_after(folder: Path, out: Path, step: int) -> int:
     made = trainer("gpt2", tokens_of(folder), out, width=WIDE, max_steps=step, save_strategy="steps", save_steps=1)
     made.args.max_steps = STEPS  # the schedule of the whole run
-    made.add_callback(_StopAt(step))
+    made.add_callback(stop_at(step))
     made.run()
     return made.state.global_step
-
-
-class _StopAt:
-    """Ends a run after a step, as a scheduler would."""
-
-    def __new__(cls, step: int):
-        from transformers import TrainerCallback
-
-        class Stop(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                control.should_training_stop = state.global_step >= step
-
-        return Stop()
 
 
 def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
@@ -107,12 +108,7 @@ def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         return work
 
     whole = folder / "whole"
-    child = Child(run(whole), folder)
-    child.until("begin 2\n")
-    begun = time.time()
-    child.until("end 2\n")
-    span = time.time() - begun
-    assert child.wait() == 0, child.text()
+    span = seconds_of_a_save(Child(run(whole), folder))
     inside = 0
     for number in range(count):
         out, step = folder / f"run-{number}", draw.randint(2, STEPS - 1)

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 from tests.drills import stock
-from tests.drills.common import KINDS, Drill, Tally, ranks, tokens_of, trainer
+from tests.drills.common import KINDS, Drill, Tally, ranks, stop_at, tokens_of, trainer
 
 STEPS, EVERY, BATCH = 9, 3, 16
 
@@ -58,7 +58,7 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
 
         torch.set_num_threads(1)
         made = reading(trainer(architecture, tokens_of(folder), out, gradient_accumulation_steps=accumulate, **keys), out)
-        made.add_callback(_until(until))
+        made.add_callback(stop_at(until, save=True))
         made.run(made.resume_point() if resume else None)
         if until == STEPS:
             made.save_model(str(out))
@@ -83,21 +83,10 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         tally(not wrong and near < 0.1, f"{architecture} {chosen}: other rows at steps {wrong}; weights {near:.2e} apart")
 
 
-def _until(step: int):
-    from transformers import TrainerCallback
-
-    class Until(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step >= step:
-                control.should_save = control.should_training_stop = True
-
-    return Until()
-
-
 def peer(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
     def drill(out: Path, until: int, workers: int, micro: int, accumulate: int, resume: bool):
         keys = {"max_steps": STEPS, "save_steps": EVERY, "dataloader_num_workers": workers, "per_device_train_batch_size": micro}
-        made = reading(stock.trainer(folder, "masked", out, gradient_accumulation_steps=accumulate, callbacks=[_until(until)], **keys), out)
+        made = reading(stock.trainer(folder, "masked", out, gradient_accumulation_steps=accumulate, callbacks=[stop_at(until, save=True)], **keys), out)
         made.train(resume_from_checkpoint=True if resume else None)
 
     whole = folder / "whole"

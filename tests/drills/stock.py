@@ -19,7 +19,7 @@ def rows(folder: Path, text: str = "text.txt", length: int = 32) -> Any:
     return datasets.Dataset.from_dict({"input_ids": cut}), tokenizer
 
 
-def trainer(folder: Path, kind: str, out: Path, *, data: Any = None, width: dict[str, int] | None = None, callbacks: Any = None, **keys: Any) -> Any:
+def trainer(folder: Path, kind: str, out: Path, *, data: Any = None, text: str = "text.txt", width: dict[str, int] | None = None, callbacks: Any = None, **keys: Any) -> Any:
     """A stock Trainer over a tiny model, dropout on; `kind` next_token or masked."""
     import transformers
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
@@ -27,10 +27,7 @@ def trainer(folder: Path, kind: str, out: Path, *, data: Any = None, width: dict
     from tests.helpers import SMALL
 
     name = KINDS[kind]
-    found, tokenizer = rows(folder)
-    text = keys.pop("text", None)
-    if text:
-        found, tokenizer = rows(folder, text)
+    found, tokenizer = rows(folder, text)
     transformers.set_seed(0)
     special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     config = transformers.AutoConfig.for_model(name, vocab_size=len(tokenizer), **(SMALL[name] | special | (width or {})))
