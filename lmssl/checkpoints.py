@@ -7,13 +7,14 @@ counts as a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,25 +80,54 @@ def read_signed(path: Path) -> dict[str, Any]:
     return body
 
 
-def _settled(path: Path) -> str:
-    sync(path)
-    return sha256(path)
+@contextlib.contextmanager
+def without_crc() -> Iterator[None]:
+    """torch.save without its CRC-32, which takes longer than the writing; the manifest's sha256 says more."""
+    from torch import serialization
+
+    before = serialization.get_crc32_options()
+    serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        serialization.set_crc32_options(before)
 
 
-def seal(folder: Path, facts: dict[str, Any]) -> None:
+class Hashes:
+    """The sha256 of the files of a staging folder, taken and synced while later ones are still being written."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(4, "lmssl-hash")  # a hash takes a core, a sync the disk; both leave the interpreter free
+        self._found: dict[Path, tuple[Future[str], Future[None]]] = {}
+
+    def begin(self, folder: Path) -> None:
+        """Start on the files that are complete by now; those begun before are not begun again."""
+        files = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST and p not in self._found)
+        for path in sorted(files, key=lambda p: -p.stat().st_size):
+            self._found[path] = self._pool.submit(sha256, path), self._pool.submit(sync, path)
+
+    def finish(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Name relative to the folder -> bytes and sha256, every file synced."""
+        self.begin(folder)
+        try:
+            hashed = {path: hashing.result() for path, (hashing, syncing) in self._found.items() if syncing.result() is None}
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+        return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": value} for p, value in sorted(hashed.items())}
+
+
+def seal(folder: Path, facts: dict[str, Any], hashes: Hashes | None = None) -> None:
     """Write the manifest of a finished folder, last of all, and force everything to disk.
 
     Args:
         folder: the staging folder, complete.
         facts: what a resume must know: step, identity of the run, tokens and seconds so far.
+        hashes: those begun while the folder was being filled.
     """
-    files = sorted((p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST), key=lambda p: -p.stat().st_size)
-    with ThreadPoolExecutor(2) as pool:  # hashing and syncing leave the interpreter free
-        hashed = list(pool.map(_settled, files))
-    hashes = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": value} for p, value in zip(files, hashed, strict=True)}
+    found = (hashes or Hashes()).finish(folder)
     for path in (p for p in folder.rglob("*") if p.is_dir()):
         sync(path)
-    write_signed(folder / MANIFEST, {**facts, "files": hashes})
+    write_signed(folder / MANIFEST, {**facts, "files": found})
 
 
 def publish(stage: Path, target: Path) -> None:

@@ -204,18 +204,26 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         if self.is_world_process_zero():
             shutil.rmtree(self._stage, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        self._hashes = checkpoints.Hashes()
+        with checkpoints.without_crc():
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         facts = self._facts()  # sums over ranks, so every rank must ask
         if self.is_world_process_zero():
             # The files are complete and nobody writes to them: hashes, syncs and the rename need not hold the training up.
             self._sealing = self._sealer.submit(self._seal, self._stage / f"checkpoint-{self.state.global_step}", facts)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_world_process_zero():  # the weights are written: their hash need not wait for the optimizer
+            (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe says it all
+            self._hashes.begin(Path(output_dir))
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def _seal(self, staged: Path, facts: dict[str, Any]) -> None:
         root = staged.parent.parent
         try:
-            (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe says it all
-            checkpoints.seal(staged, facts)
+            (staged / "training_args.bin").unlink(missing_ok=True)
+            checkpoints.seal(staged, facts, self._hashes)
             checkpoints.publish(staged, root / staged.name)
             self._known_good.add(staged.name)
             checkpoints.rotate(root, self._known_good)
