@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from lmssl import __version__
+from lmssl import __version__, output
 from lmssl.errors import Interrupted, Stopped, UserError
 
 EPILOG = """\
@@ -47,11 +48,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--rows", type=_above_zero, help="how many, default 3, or all rows of the step")
     sub.add_argument("--at-step", type=_above_zero, metavar="N", help="the rows that optimizer step N reads (1, 2, ...), exactly as the run reads them")
     sub.add_argument("--batch", type=_above_zero, help="rows of a step over all processes, where a run had several")
+    sub = verb("plan", _plan, "What some minutes of this machine buy: size, tokens, batch and steps, as a recipe.", "RECIPE")
+    sub.add_argument("--minutes", type=float, required=True, help="training time to plan for")
+    sub.add_argument("--out", help="file to write the recipe to instead of standard output")
     sub = verb("pretrain", _pretrain, "Pretrain a backbone on unlabelled text.", "RECIPE")
+    sub.add_argument("--dry-run", action="store_true", help="run a few steps, print what the whole run will cost, leave nothing")
     sub.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint")
     sub.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
     sub.add_argument("--accept", action="append", default=[], metavar="KEY", help="resume although KEY (seed, batch, data, ...) changed")
     sub = verb("finetune", _finetune, "Fine-tune on few labels, beside the same model from scratch.", "RECIPE")
+    sub.add_argument("--dry-run", action="store_true", help="run a few steps, print what the whole curve will cost, leave nothing")
     sub.add_argument("--resume", action="store_true", help="keep the finished runs of the folder and go on with the others")
     sub.add_argument("--accept", action="append", default=[], metavar="KEY", help="resume although KEY (trainer.learning_rate, data.test, ...) changed")
     sub.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
@@ -191,11 +197,41 @@ def _show(options: argparse.Namespace) -> None:
         print("\n" + display.row(stream, tokenizer, i, colour))
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from lmssl import config, plan
+    from lmssl.recipe import PretrainRecipe
+
+    if not 0 < options.minutes < 10**6:
+        raise UserError(f"--minutes: {options.minutes} must be above 0")
+    out = Path(options.out) if options.out else None
+    if out and out.exists():
+        raise UserError(f"--out: {out} is there already")
+    loaded = PretrainRecipe.load(options.recipe, options.overrides)
+    _silence_transformers()
+    rungs, best, sections, cost = plan.plan(loaded, options.minutes)
+    print("\n".join([plan.table(rungs, best), "", *cost.lines()]), file=sys.stderr)
+    text = f"# {options.minutes:g} minutes, planned from {options.recipe}\n{config.dump(sections)}"
+    if out:
+        output.write(out, text)
+    print(out or text)
+
+
+def _print_cost(measure: str, loaded: Any) -> None:
+    from lmssl import plan
+
+    lines = getattr(plan, measure)(loaded).lines()
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines))
+
+
 def _pretrain(options: argparse.Namespace) -> None:
     from lmssl import recipe
 
     loaded = recipe.PretrainRecipe.load(options.recipe, options.overrides)
     _silence_transformers()
+    if options.dry_run:
+        _print_cost("cost", loaded)
+        return
     metrics = recipe.pretrain(loaded, resume=options.resume, overwrite=options.overwrite, accept=tuple(options.accept))
     if os.environ.get("RANK", "0") == "0":
         held = metrics["held_out"]
@@ -207,6 +243,9 @@ def _finetune(options: argparse.Namespace) -> None:
 
     loaded = recipe.FinetuneRecipe.load(options.recipe, options.overrides)
     _silence_transformers()
+    if options.dry_run:
+        _print_cost("curve_cost", loaded)
+        return
     print(report.label_table(recipe.finetune(loaded, resume=options.resume, overwrite=options.overwrite, accept=tuple(options.accept))))
 
 

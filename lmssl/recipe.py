@@ -20,6 +20,10 @@ from lmssl.objectives import fields_of, make
 from lmssl.objectives.base import Objective
 from lmssl.tokenization import Tokenizer
 
+if typing.TYPE_CHECKING:
+    from lmssl.tasks.curve import Curve
+    from lmssl.trainer import PretrainTrainer
+
 log = logging.getLogger("lmssl")
 
 PRETRAIN = ("data", "model", "objective", "trainer")
@@ -167,9 +171,6 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     Raises:
         UserError, Stopped, Interrupted: see lmssl.errors.
     """
-    from lmssl import models
-    from lmssl.trainer import PretrainTrainer
-
     objective, tokenizer = check(recipe)
     values = arguments.resolve(recipe.trainer, arguments.pretrain_defaults())
     args = arguments.build(values)  # refuses before any text is read
@@ -178,12 +179,7 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     if finished:
         log.info("%s is finished at step %d; nothing to do", out, finished["steps"])
         return finished
-    token_set = prepared(recipe.data, tokenizer, quiet=quiet)
-    rows = token_set.rows(objective.row_length(recipe.data.seq_length))
-    values = arguments.with_steps(values, rows)
-    args = arguments.build(values)
-    model = models.build(recipe.model, token_set.vocab(_start(recipe)), objective, recipe.data.seq_length, args.seed)
-    trainer = PretrainTrainer(model, objective, token_set, args, recipe.data.seq_length, quiet=quiet, **arguments.own(values))
+    trainer, values = assemble(recipe, objective, tokenizer, values, quiet)
     point = trainer.resume_point(accept) if resume else None
     resolved = {"data": dataclasses.asdict(recipe.data), "model": recipe.model, "objective": fields_of(objective), "trainer": values}
     resolved["data"]["tokenizer"] = recipe.data.tokenizer or str(recipe.model["from"])
@@ -192,7 +188,9 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
         if not quiet:
             log.info("%s", text)
         output.write(out / "recipe.yaml", text)
-    _log_data(token_set, rows, trainer, quiet)
+    if not quiet and trainer.is_world_process_zero():
+        steps, batch, stream = trainer.args.max_steps, trainer.global_batch, trainer.train_dataset
+        log.info("%s; %d steps of %d rows are %.2f epochs", data_in_words(stream.tokens, stream.rows), steps, batch, steps * batch / stream.rows)
     trainer.run(point)
     metrics = trainer.metrics()
     if trainer.is_world_process_zero():
@@ -236,15 +234,31 @@ def _folder(out: Path) -> None:
         raise UserError(f"trainer.output_dir: {out} cannot be made: {error.strerror}") from None
 
 
-def _log_data(token_set: TokenSet, rows: int, trainer: Any, quiet: bool) -> None:
-    if quiet or not trainer.is_world_process_zero():
-        return
-    counts, batch = token_set.manifest["train"], trainer.global_batch
-    log.info(
-        "%d documents, %d tokens, %d rows; %d duplicates dropped, %d documents held out; %d steps of %d rows are %.2f epochs",
-        counts["documents"], counts["tokens"], rows, token_set.manifest["duplicates"], token_set.manifest["held_out"]["documents"],
-        trainer.args.max_steps, batch, trainer.args.max_steps * batch / rows,
-    )  # fmt: skip
+def assemble(recipe: PretrainRecipe, objective: Objective, tokenizer: Tokenizer, values: dict[str, Any], quiet: bool) -> tuple[PretrainTrainer, dict[str, Any]]:
+    """The trainer of a recipe, its text prepared and its model built, and the trainer section with the run's length.
+
+    Args:
+        objective, tokenizer: of `check`.
+        values: of `arguments.resolve`.
+    """
+    from lmssl import models
+    from lmssl.trainer import PretrainTrainer
+
+    token_set = prepared(recipe.data, tokenizer, quiet=quiet)
+    values = arguments.with_steps(values, token_set.rows(objective.row_length(recipe.data.seq_length)))
+    args = arguments.build(values)
+    model = models.build(recipe.model, token_set.vocab(_start(recipe)), objective, recipe.data.seq_length, args.seed)
+    return PretrainTrainer(model, objective, token_set, args, recipe.data.seq_length, quiet=quiet, **arguments.own(values)), values
+
+
+def data_in_words(token_set: TokenSet, rows: int) -> str:
+    """How much text there is."""
+    manifest = token_set.manifest
+    counts = manifest["train"]
+    return (
+        f"{counts['documents']:,} documents, {counts['tokens']:,} tokens, {rows:,} rows; {manifest['duplicates']:,} duplicates dropped, "
+        f"{manifest['held_out']['documents']:,} documents held out"
+    )
 
 
 def _finish(out: Path, model: Any, tokenizer: Tokenizer, metrics: dict[str, Any], resolved: dict[str, Any]) -> None:
@@ -314,8 +328,7 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
         UserError, Stopped, Interrupted: see lmssl.errors.
     """
     from lmssl import cards, report
-    from lmssl.tasks import curve, ledger
-    from lmssl.tasks.base import Backbone
+    from lmssl.tasks import ledger
 
     values = arguments.resolve(recipe.trainer, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
     out = Path(values["output_dir"])
@@ -323,20 +336,17 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
     present = [p for p in (out / "metrics.json", out / ledger.NAME, out / "recipe.yaml", out / "checkpoints") if p.exists()]
     if present and not (resume or overwrite):
         raise UserError(f"trainer.output_dir: {out} holds a run ({present[0].name}); --resume continues it, --overwrite begins anew")
-    backbone = Backbone.load(recipe.source, recipe.data.max_length)  # refuses before any text is read
-    train, test = curve.labelled(recipe.task, recipe.data.train, recipe.data.test)
-    task = recipe.task.fitted([*train, *test])
-    backbone = dataclasses.replace(backbone, classes=tuple(curve.check(task, train, test)))
-    runs = curve.Curve(task, backbone, train, test, values, quiet)
+    runs = curve_of(recipe, values, quiet)
+    task: Any = runs.task
     if resume:
         runs.ledger.load(accept)
     elif first:
         for path in present:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     resolved = {"task": {"name": task.name} | dataclasses.asdict(task), "data": dataclasses.asdict(recipe.data), "model": {"from": recipe.source}, "trainer": values}
-    leaks = leak_check(recipe.source, test)
+    leaks = leak_check(recipe.source, runs.test)
     if not quiet and first:
-        log.info("%d examples to train on, %d to test; leak check: %s", len(train), len(test), report.leaks_in_words(leaks))
+        log.info("%d examples to train on, %d to test; leak check: %s", len(runs.train), len(runs.test), report.leaks_in_words(leaks))
     if first:
         _folder(out)
         output.write(out / "recipe.yaml", config.dump(output.plain(resolved)))
@@ -349,7 +359,23 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
     return metrics
 
 
-def leak_check(source: str, test: list[Any]) -> dict[str, Any]:
+def curve_of(recipe: FinetuneRecipe, values: dict[str, Any], quiet: bool) -> Curve:
+    """The label curve of a recipe: backbone, examples and classes read and checked; nothing is trained or written yet.
+
+    Args:
+        values: of `arguments.resolve`.
+    """
+    from lmssl.tasks import curve
+    from lmssl.tasks.base import Backbone
+
+    backbone = Backbone.load(recipe.source, recipe.data.max_length)  # refuses before any text is read
+    train, test = curve.labelled(recipe.task, recipe.data.train, recipe.data.test)
+    task = recipe.task.fitted([*train, *test])
+    backbone = dataclasses.replace(backbone, classes=tuple(curve.check(task, train, test)))
+    return curve.Curve(task, backbone, train, test, values, quiet)
+
+
+def leak_check(source: str, test: typing.Sequence[Any]) -> dict[str, Any]:
     """How many test examples share 13 words in a row with what the backbone was pretrained on.
 
     Returns:

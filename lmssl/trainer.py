@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from lmssl import checkpoints, models
+from lmssl import checkpoints, machine, models
 from lmssl.data.stream import Collator, Stream, count_tokens
 from lmssl.data.tokens import TokenSet
 from lmssl.errors import Diverged, Interrupted, Stopped, UserError, written
 from lmssl.evaluation import held_out, held_out_stream
 from lmssl.objectives import fields_of
-from lmssl.objectives.base import Objective, token_loss
+from lmssl.objectives.base import IGNORE, Objective, token_loss
 from lmssl.optimizers import MuonAdamW, muon_groups
 from lmssl.watch import Clock, Guard, Progress, of_the_data
 
@@ -90,6 +90,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self.on_spike, self.worker_timeout = on_spike, worker_timeout
         self.clock, self.tokens_seen, self.curve = Clock(), 0, list[dict[str, float]]()
         self._tokens_before = 0  # counted by all ranks before this resume
+        self.flops, self.peak = 0.0, 0.0  # of an item, forward and backward; of the machine, a second
         self._stage: Path | None = None
         self._sealer = ThreadPoolExecutor(1, "lmssl-seal")
         self._sealing: Future[None] | None = None
@@ -172,6 +173,19 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         self.gradient_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self.gradient_norm
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Of a training loss; None where labels are no text."""
+        return None
+
+    def measure(self) -> None:
+        """Set `flops` and `peak`, once, before the first step; only where somebody looks at the share of the peak."""
+
+    def peak_share(self, steps: int, seconds: float) -> float | None:
+        """Executed matmul FLOP/s over so many steps, as a share of what the machine reaches in a bare matrix product."""
+        if not self.peak or not self.flops or seconds <= 0:
+            return None
+        return self.flops * self.global_batch * steps / seconds / (self.peak * self.args.world_size)
 
     def count(self, inputs: dict[str, Any]) -> int:
         """Non-padding input tokens of a micro-batch."""
@@ -394,6 +408,21 @@ class PretrainTrainer(ExactTrainer):
         identity |= {"bf16": bool(args.bf16), "torch_compile": bool(args.torch_compile)}
         super().__init__(models.prepare(model), args, stream, collator, optimizer, identity, quiet, on_spike, worker_timeout)
         self.held_out_stream = held_out_stream(stream, length, self.start)
+        self.token_bytes = torch.from_numpy(stream.vocab.token_bytes).to(args.device)
+        self.asked = torch.zeros(2, dtype=torch.int64, device=args.device)
+        """Labelled tokens of this process since the last log line, and their bytes of text."""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        labels = inputs["labels"].to(self.args.device)
+        labels = labels[labels != IGNORE]
+        self.asked += torch.stack([torch.tensor(labels.numel(), device=labels.device), self.token_bytes[labels].sum()])
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Of a training loss, over the labels since this was last asked; None where they stand for no text."""
+        labels, size = self.asked.tolist()
+        self.asked.zero_()
+        return loss * labels / math.log(2) / size if size else None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
         """Held-out loss and bits per byte of the model as it stands."""
@@ -412,9 +441,21 @@ class PretrainTrainer(ExactTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def measure(self) -> None:
+        if self.quiet or self.peak or not isinstance(self.train_dataset, Stream):
+            return
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        self.peak = machine.matmul_peak(str(self.args.device), dtype, torch.get_num_threads())
+        if self.args.fsdp or self.args.deepspeed:
+            return  # the parameters are not whole here
+        batch = {k: v.to(self.args.device) for k, v in self.data_collator([self.train_dataset[0]]).items()}
+        with self.compute_loss_context_manager():
+            self.flops = machine.step_flops(self.accelerator.unwrap_model(self.model), batch, token_loss)
+
     def metrics(self) -> dict[str, Any]:
         """What metrics.json says of a finished run; held-out loss is measured in float32."""
         seconds, tokens = self.clock.seconds, self._total_tokens()
+        share = self.peak_share(self.state.global_step, seconds)
         values = self.evaluate()
         if not math.isfinite(values["eval_loss"]):
             raise self.stopped("the held-out loss is not finite", Diverged)
@@ -428,6 +469,7 @@ class PretrainTrainer(ExactTrainer):
             "tokens": tokens,
             "seconds": round(seconds, 3),
             "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+            "matmul_share": share and round(share, 4),
             "held_out": {"loss": values["eval_loss"], "bits_per_byte": values["eval_bits_per_byte"]},
             "other_seconds": {k: round(v, 3) for k, v in self.clock.other.items()},
             "curve": self.curve,

@@ -144,6 +144,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         from tqdm import tqdm
 
+        self.trainer.measure()
         self.begun = (self.trainer.clock.seconds, self.trainer.tokens_seen, state.global_step)
         self.trainer.clock.start()
         if state.is_world_process_zero and not self.trainer.quiet:
@@ -166,10 +167,12 @@ class Progress(TrainerCallback):
         seconds, tokens = trainer.clock.seconds - self.begun[0], trainer.tokens_seen - self.begun[1]
         speed = tokens * args.world_size / seconds if seconds > 0 else 0.0
         if "loss" in logs:
-            trainer.curve.append({"step": state.global_step, "loss": float(logs["loss"]), "tokens_per_second": round(speed, 1)})
-            steps = state.global_step - self.begun[2]
+            loss, steps = float(logs["loss"]), state.global_step - self.begun[2]
+            bits, share = trainer.bits_per_byte(loss), trainer.peak_share(steps, seconds)
+            trainer.curve.append({"step": state.global_step, "loss": loss, "tokens_per_second": round(speed, 1)} | ({} if bits is None else {"bits_per_byte": round(bits, 4)}))
             left = (state.max_steps - state.global_step) * seconds / steps if steps else 0.0
-            self._say(state, f"loss {float(logs['loss']):.4f}  lr {logs.get('learning_rate', 0):.2e}  {speed:,.0f} tokens/s  {_minutes(left)} left")
+            said = [f"loss {loss:.4f}", *([f"{bits:.4f} bits per byte"] if bits is not None else []), f"lr {logs.get('learning_rate', 0):.2e}", f"{speed:,.0f} tokens/s"]
+            self._say(state, "  ".join([*said, *([f"{share:.0%} of the matmul peak"] if share is not None else []), f"{_minutes(left)} left"]))
         elif "eval_loss" in logs:
             trainer.curve.append({"step": state.global_step, "held_out_loss": logs["eval_loss"], "bits_per_byte": logs["eval_bits_per_byte"]})
             self._say(state, f"held-out loss {logs['eval_loss']:.4f}  {logs['eval_bits_per_byte']:.4f} bits per byte")

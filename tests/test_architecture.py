@@ -20,6 +20,7 @@ FLOORS = {
     "checkpoints": 1,
     "optimizers": 1,
     "arguments": 1,
+    "machine": 1,
     "evaluation": 1,
     "likelihood": 1,
     "watch": 1,
@@ -30,9 +31,10 @@ FLOORS = {
     "display": 3,
     "recipe": 4,
     "predict": 4,
-    "cli": 5,
-    "__main__": 6,
-    "__init__": 6,
+    "plan": 5,
+    "cli": 6,
+    "__main__": 7,
+    "__init__": 7,
 }
 WITHIN = [
     ["objectives.base", "objectives.cross_entropy"],

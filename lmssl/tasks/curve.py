@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from lmssl import arguments, checkpoints
 from lmssl.data import corpus
@@ -86,12 +86,6 @@ class Run:
     seed: int
 
 
-def runs_of(task: Task) -> list[Run]:
-    """Every run of the curve; the twins stand side by side."""
-    counts = sorted({*task.labels, *task.scratch_labels})
-    return [Run(n, init, seed) for seed in range(task.seeds) for n in counts for init in ("scratch", "pretrained") if init == "scratch" or n in task.labels]
-
-
 class Curve:
     """Everything that the runs of one label curve share.
 
@@ -123,7 +117,7 @@ class Curve:
 
     def run(self) -> dict[str, Any]:
         """Every run; {"task", "metric", "results": [{"labels", "init", "seed", "score", ...}], "summary", ...}."""
-        todo, ledger = runs_of(self.task), self.ledger
+        todo, ledger = self.todo(), self.ledger
         notes = self.task.notes(self.backbone, self.test)
         if notes and not self.quiet and self.first:
             log.info("of the test examples: %s", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in notes.items()))
@@ -164,6 +158,25 @@ class Curve:
         if self.task.classes and baseline.available():
             metrics["baselines"] = {"tf-idf": self._baseline()}
         return metrics | {"seconds": self._seconds()}
+
+    def todo(self) -> list[Run]:
+        """Every run of the curve; the twins stand side by side."""
+        task = self.task
+        counts = sorted({*task.labels, *task.scratch_labels})
+        return [Run(n, init, seed) for seed in range(task.seeds) for n in counts for init in ("scratch", "pretrained") if init == "scratch" or n in task.labels]
+
+    def steps(self, run: Run) -> int:
+        """Optimizer steps of a run: the recipe's, or those that the number of labels asks for."""
+        return int(self._length(run)["max_steps"])
+
+    def _length(self, run: Run) -> dict[str, Any]:
+        values = self.values if {"max_steps", "num_train_epochs"} & set(self.values) else self.values | {"max_steps": steps_for(run.labels)}
+        return arguments.with_steps(values, run.labels)
+
+    def sample(self, callback: TrainerCallback) -> PreTrainedModel:
+        """The largest pretrained run, which `callback` may watch and end; its model."""
+        run = Run(max(self.task.labels), "pretrained", 0)
+        return self._trained(run, self._few(0), self.args.learning_rate, "-sample", [callback])[0]
 
     def _seconds(self) -> float:
         return round(time.time() - self.begun, 1)
@@ -206,14 +219,13 @@ class Curve:
             self.ledger.save(self._seconds())
         return loss
 
-    def _trained(self, run: Run, few: list[tuple[str, list[Item]]], rate: float, kind: str = "") -> tuple[PreTrainedModel, int]:
+    def _trained(self, run: Run, few: list[tuple[str, list[Item]]], rate: float, kind: str = "", callbacks: Sequence[TrainerCallback] = ()) -> tuple[PreTrainedModel, int]:
         """A model fine-tuned on the items of the first few examples, and its optimizer steps; from its checkpoint, where one lies."""
         pretrained = run.init == "pretrained"
         model = self.task.model(self.backbone, pretrained, run.seed)
         method = self.task.method if pretrained else "full"
         model = adapters.apply(model, method, self.task.lora_rank)
-        values = self.values if {"max_steps", "num_train_epochs"} & set(self.values) else self.values | {"max_steps": steps_for(run.labels)}
-        values = arguments.with_steps(values, run.labels)
+        values = self._length(run)
         args: TrainingArguments = copy.copy(self.args)
         for name in ("max_steps", "logging_steps", "save_steps", "warmup_steps"):
             setattr(args, name, values[name])
@@ -225,6 +237,8 @@ class Curve:
         pairs = [(item, where) for where, some in few[: run.labels] for item in some]
         stream = Few([i for i, _ in pairs], [w for _, w in pairs], mix(run.seed, 1) >> 1, args.max_steps * arguments.global_batch(values))
         self.trainer = ExactTrainer(model, args, stream, self.collate, identity={"steps": args.max_steps}, quiet=True, **arguments.own(values))
+        for callback in callbacks:
+            self.trainer.add_callback(callback)
         point = None
         if checkpoints.all_of(folder):
             try:

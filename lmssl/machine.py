@@ -1,0 +1,81 @@
+"""What this machine can do, and what a step asks of it: the measured matmul peak, and the matmul FLOPs that are executed.
+
+Their quotient is the model FLOPs utilisation (MFU; Chowdhery et al. 2022, 2204.02311, appendix B), here against what the
+machine reaches in a bare matrix product in the same precision, not against a data sheet; the same lines on CPU and GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import flop_counter
+
+SIZES = {"cpu": (1024, 2048), "other": (4096, 8192)}
+"""Edges of the square matrices that the peak is measured with."""
+
+
+@functools.cache
+def matmul_peak(device: str, dtype: torch.dtype, threads: int, seconds: float = 0.2) -> float:
+    """FLOP/s of a square matrix product: the best of the repetitions that fit into some seconds.
+
+    Args:
+        device: "cpu", "cuda:0", ...
+        dtype: of the operands.
+        threads: of the CPU; a part of the key, since the peak depends on it.
+        seconds: to measure for, over all sizes.
+    """
+    best = 0.0
+    on_cpu = torch.device(device).type == "cpu"
+    sizes = SIZES["cpu" if on_cpu else "other"]
+    for size in sizes:
+        a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+        end = time.perf_counter() + seconds / len(sizes)
+        for repeat in range(1000):
+            begun = time.perf_counter()
+            torch.mm(a, b)
+            if not on_cpu:
+                torch.accelerator.synchronize()
+            spent = time.perf_counter() - begun
+            if repeat:  # the first one packs, plans and allocates
+                best = max(best, 2 * size**3 / spent)
+            if repeat and begun + spent > end:
+                break
+    return best
+
+
+def _attention_forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return flop_counter.sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return flop_counter.sdpa_backward_flop_count(grad, query, key, value)
+
+
+# torch 2.13 counts the fused attention of GPUs alone; removable once its registry knows the one of the CPU.
+_ATTENTION_ON_CPU: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def step_flops(model: nn.Module, batch: Mapping[str, Tensor], loss: Any) -> int:
+    """FLOPs of the matrix products that forward and backward of a micro-batch execute, counted by torch while they run.
+
+    The gradients are thrown away: no `.grad` is touched, no hook on one is called.
+
+    Args:
+        model: not compiled; on the device of the batch.
+        batch: what the collator made, `labels` among it.
+        loss: `token_loss`, or what takes its place.
+    """
+    inputs = dict(batch)
+    labels = inputs.pop("labels")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
+        torch.autograd.grad(loss(model(**inputs), labels), parameters, allow_unused=True)
+    return counter.get_total_flops()

@@ -1,0 +1,326 @@
+"""What a run will cost before it starts, and what some minutes of this machine buy.
+
+`cost` runs a few steps of a recipe, for real, and leaves nothing behind. `plan` measures a ladder of sizes of the
+recipe's own architecture and takes the one whose loss, by the scaling law of Hoffmann et al. 2022 (2203.15556),
+is lowest at the tokens that the minutes buy at its measured speed; repeated text counts for less (Muennighoff et al.
+2023, 2305.16264). The batch follows the law of DeepSeek LLM (2401.02954).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, TrainerCallback
+
+from lmssl import arguments, machine, models, output, recipe
+from lmssl.data.stream import Collator, Stream, count_tokens
+from lmssl.errors import UserError
+from lmssl.objectives.base import token_loss
+from lmssl.recipe import FinetuneRecipe, PretrainRecipe
+
+WARM, TIMED = 2, 5
+"""Steps that are not counted, and steps that are."""
+
+EXPONENT_N, EXPONENT_D, FACTOR_N, FACTOR_D, FLOOR = 0.34, 0.28, 406.4, 410.7, 1.69
+"""Loss = FLOOR + FACTOR_N / N^EXPONENT_N + FACTOR_D / D^EXPONENT_D (2203.15556, equation 10): its exponents and factors
+decide the size; the loss itself is that of its authors' text and tokenizer."""
+REPEATS = 15.4
+"""Epochs after which further repetition is worth 1/e of new text (2305.16264, section 5)."""
+
+WIDTHS = ("hidden_size", "d_model", "n_embd", "intermediate_size", "d_ff", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim")
+HEADS = ("num_attention_heads", "num_key_value_heads", "n_head", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+STEPS_OF_THE_LADDER = tuple(2 ** (k / 2) for k in range(-2, 9))
+"""Widths tried, as multiples of the recipe's; depth goes with the root of it."""
+
+
+class _Steps(TrainerCallback):
+    """When each step began and ended; ends the run after the last that is timed."""
+
+    def __init__(self) -> None:
+        self.begun: list[float] = []
+        self.ended: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begun.append(time.perf_counter())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.ended.append(time.perf_counter())
+        control.should_training_stop |= len(self.ended) == WARM + TIMED
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a pretraining run takes, measured on a few of its steps.
+
+    Attributes:
+        parameters: of the model, tied ones once.
+        steps: of the run.
+        tokens: input tokens of the whole run.
+        epochs: how often it reads its text.
+        step_seconds: median of the timed steps.
+        first_seconds: of the first step, compilation included.
+        peak_share: of the machine's matmul peak.
+        memory: bytes, the largest so far of the process or of the accelerator.
+        text: the data in words.
+    """
+
+    parameters: int
+    steps: int
+    tokens: int
+    epochs: float
+    step_seconds: float
+    first_seconds: float
+    peak_share: float | None
+    memory: int
+    text: str
+
+    @property
+    def seconds(self) -> float:
+        """Training wall-clock of the whole run, its first step included."""
+        return self.first_seconds + self.steps * self.step_seconds
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        share = "" if self.peak_share is None else f", {self.peak_share:.0%} of the matmul peak"
+        speed = self.tokens / self.steps / self.step_seconds
+        return [
+            f"text     {self.text}",
+            f"model    {self.parameters:,} parameters",
+            f"step     {self.step_seconds:.3f} s, {speed:,.0f} tokens/s{share} (median of {TIMED}); the first one {self.first_seconds:.1f} s",
+            f"memory   {self.memory / 2**30:.2f} GiB so far",
+            f"run      {self.steps:,} steps, {self.tokens:,} tokens, {self.epochs:.2f} epochs: about {duration(self.seconds)} without evaluation and saving",
+        ]
+
+
+@dataclass(frozen=True)
+class CurveCost:
+    """What a label curve takes, measured on a few steps of its largest run and a few test examples.
+
+    Attributes:
+        runs: fine-tuning runs, those that choose a learning rate included.
+        steps: of all of them.
+        step_seconds: median of the timed steps.
+        tests: how often the test set is read.
+        test_seconds: for the whole test set once.
+    """
+
+    runs: int
+    steps: int
+    step_seconds: float
+    tests: int
+    test_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock of the whole curve."""
+        return self.steps * self.step_seconds + self.tests * self.test_seconds
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        return [
+            f"step     {self.step_seconds:.3f} s (median of {TIMED})",
+            f"test     {self.test_seconds:.1f} s, read {self.tests} times",
+            f"curve    {self.runs} runs, {self.steps:,} steps: about {duration(self.seconds)} without loading and saving",
+        ]
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(42), duration(605), duration(9000)
+    ('42 s', '10 min', '2 h 30 min')
+    """
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def cost(wanted: PretrainRecipe) -> Cost:
+    """Run a few steps of a recipe in a folder that is thrown away.
+
+    Raises:
+        UserError: what `pretrain` would refuse.
+    """
+    objective, tokenizer = recipe.check(wanted)
+    steps = _Steps()
+    with tempfile.TemporaryDirectory() as folder:
+        values = arguments.resolve(wanted.trainer, arguments.pretrain_defaults())
+        values |= {"output_dir": folder, "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
+        trainer, values = recipe.assemble(wanted, objective, tokenizer, values, quiet=False)
+        trainer.add_callback(steps)
+        trainer.run()
+    done, timed = len(steps.ended), [b - a for a, b in zip(steps.begun, steps.ended, strict=True)]
+    step = statistics.median(timed[min(WARM, done - 1) :])
+    memory = torch.accelerator.max_memory_allocated() if trainer.args.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    total = trainer.args.max_steps
+    return Cost(
+        models.parameters(trainer.model), total, round(trainer.tokens_seen * trainer.args.world_size / done * total), total * trainer.global_batch / trainer.train_dataset.rows,
+        step, timed[0], trainer.peak_share(1, step), memory, recipe.data_in_words(trainer.train_dataset.tokens, trainer.train_dataset.rows),
+    )  # fmt: skip
+
+
+def curve_cost(wanted: FinetuneRecipe) -> CurveCost:
+    """Run a few steps and a few tests of a label curve in a folder that is thrown away.
+
+    Raises:
+        UserError: what `finetune` would refuse.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        values = arguments.resolve(wanted.trainer, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
+        runs = recipe.curve_of(wanted, values | {"output_dir": folder, "save_strategy": "no"}, quiet=True)
+        watch, few = _Steps(), runs.test[:64]
+        model = runs.sample(watch)
+        begun = time.perf_counter()
+        runs.task.evaluate(model, runs.backbone, few, runs.args.per_device_eval_batch_size)
+        test_seconds = (time.perf_counter() - begun) / len(few) * len(runs.test)
+    todo = runs.todo()
+    tuned = {(run.init, run.labels): run for run in todo} if runs.task.learning_rates else {}
+    steps = sum(map(runs.steps, todo)) + len(runs.task.learning_rates) * sum(map(runs.steps, tuned.values()))
+    timed = [b - a for a, b in zip(watch.begun, watch.ended, strict=True)]
+    count = len(todo) + len(runs.task.learning_rates) * len(tuned)
+    return CurveCost(count, steps, statistics.median(timed[min(WARM, len(timed) - 1) :]), len(todo), test_seconds)
+
+
+# --- plan ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One size of the ladder.
+
+    Attributes:
+        model: the recipe section of this size.
+        inner: parameters outside the embeddings and the vocabulary projection.
+        tokens_per_second: forward and backward, measured.
+        peak_share: of the machine's matmul peak.
+        tokens: that the minutes buy.
+        epochs: of the text.
+        loss: by the scaling law.
+    """
+
+    model: dict[str, Any]
+    inner: int
+    tokens_per_second: float
+    peak_share: float
+    tokens: float
+    epochs: float
+    loss: float
+
+
+def expected_loss(inner: float, tokens: float, unique: float) -> float:
+    """The scaling law at N parameters and D tokens, of which `unique` are different.
+
+    >>> round(expected_loss(70e9, 1.4e12, 1.4e12), 2)  # Chinchilla
+    1.94
+    """
+    extra = max(tokens / unique - 1, 0.0)
+    worth = min(tokens, unique) + unique * REPEATS * (1 - math.exp(-extra / REPEATS))
+    return FLOOR + FACTOR_N / inner**EXPONENT_N + FACTOR_D / worth**EXPONENT_D
+
+
+def batch_tokens(flops: float) -> float:
+    """Tokens of a batch for a compute budget in FLOPs: 0.292 C^0.3271 (2401.02954, equation 1)."""
+    return 0.292 * flops**0.3271
+
+
+def scaled(section: dict[str, Any], config: PretrainedConfig, factor: float) -> dict[str, Any]:
+    """A model section `factor` times as wide and its root times as deep, heads of the same size, widths multiples of 32."""
+    known = {n: getattr(config, n) for n in (*WIDTHS, *HEADS, *DEPTHS) if isinstance(getattr(config, n, None), int) and n in models.known_keys(type(config))}
+    heads = next((known[n] for n in HEADS if n in known), 1)
+    made = max(1, round(heads * factor))
+    new: dict[str, Any] = {}
+    for name, value in known.items():
+        if name in DEPTHS:
+            new[name] = max(1, round(value * math.sqrt(factor)))
+        elif name in HEADS:
+            new[name] = max(1, round(value * made / heads))
+        elif name in WIDTHS[:3]:
+            new[name] = value * made // heads
+        else:
+            new[name] = max(32, round(value * made / heads / 32) * 32)
+    return section | new
+
+
+def ladder(wanted: PretrainRecipe, minutes: float) -> Iterator[Rung]:
+    """Every size, measured, smallest first; ends two sizes behind the best."""
+    objective, tokenizer = recipe.check(wanted)
+    if "from" in wanted.model:
+        raise UserError("model.from: a checkpoint has its size already; plan sizes a new model (model.architecture)")
+    values = arguments.resolve(wanted.trainer, arguments.pretrain_defaults())
+    args, config = arguments.build(values), models.config_of(wanted.model)
+    token_set = recipe.prepared(wanted.data, tokenizer)
+    length = wanted.data.seq_length
+    stream = Stream(token_set, objective, length, args.seed, 10**9)
+    collator = Collator(objective, length, models.family_of(config), stream.vocab.pad)
+    rows = min(args.per_device_train_batch_size, 16)
+    batch = {k: v.to(args.device) for k, v in collator([stream[i] for i in range(rows)]).items()}
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    peak = machine.matmul_peak(str(args.device), dtype, torch.get_num_threads())
+    unique, seen = stream.rows * count_tokens(batch) / rows, list[Rung]()
+    for factor in STEPS_OF_THE_LADDER:
+        section = scaled(wanted.model, config, factor)
+        model = models.prepare(models.build(section, stream.vocab, objective, length, args.seed)).to(args.device)
+        outer = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+        outer |= {id(p) for p in model.get_output_embeddings().parameters()}
+        inner = sum(p.numel() for p in model.parameters() if id(p) not in outer)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            flops = machine.step_flops(model, batch, token_loss)
+            times = []
+            for _ in range(3):
+                begun = time.perf_counter()
+                inputs = dict(batch)
+                labels = inputs.pop("labels")
+                token_loss(model(**inputs), labels).backward()
+                if args.device.type != "cpu":
+                    torch.accelerator.synchronize()
+                times.append(time.perf_counter() - begun)
+        speed = count_tokens(batch) / min(times)
+        tokens = speed * minutes * 60
+        seen.append(Rung(section, inner, speed, flops / min(times) / peak, tokens, tokens / unique, expected_loss(inner, tokens, unique)))
+        yield seen[-1]
+        if len(seen) > 2 and min(seen, key=lambda r: r.loss) is seen[-3]:
+            return
+
+
+def plan(wanted: PretrainRecipe, minutes: float) -> tuple[list[Rung], Rung, dict[str, dict[str, Any]], Cost]:
+    """The ladder, the best of it, the recipe that uses the minutes, and what that recipe costs."""
+    rungs = list(ladder(wanted, minutes))
+    best = min(rungs, key=lambda r: r.loss)
+    length = wanted.data.seq_length
+    budget = 6 * best.inner * best.tokens
+    rows = max(8, 2 ** round(math.log2(batch_tokens(budget) / length)))
+    micro = min(rows, 64)
+    trainer = {k: v for k, v in wanted.trainer.items() if k not in ("max_steps", "num_train_epochs", "gradient_accumulation_steps")}
+    trainer |= {"per_device_train_batch_size": micro} | ({"gradient_accumulation_steps": rows // micro} if rows > micro else {})
+    made = dataclasses.replace(wanted, model=best.model, trainer=trainer | {"max_steps": WARM + TIMED})
+    measured = cost(made)
+    steps = max(1, int((minutes * 60 - measured.first_seconds) / measured.step_seconds))
+    trainer["max_steps"] = steps
+    per_step = measured.tokens / measured.steps
+    measured = dataclasses.replace(measured, steps=steps, tokens=round(per_step * steps), epochs=measured.epochs / measured.steps * steps)
+    sections = {"data": {k: v for k, v in dataclasses.asdict(wanted.data).items() if v != _default(k)}, "model": best.model, "objective": wanted.objective, "trainer": trainer}
+    return rungs, best, output.plain(sections), measured
+
+
+def _default(name: str) -> Any:
+    field = next(f for f in dataclasses.fields(recipe.DataSection) if f.name == name)
+    return field.default
+
+
+def table(rungs: list[Rung], best: Rung) -> str:
+    """The ladder for a terminal."""
+    rows = [f"  {'parameters':>12} {'tokens/s':>10} {'of peak':>8} {'tokens':>13} {'epochs':>7} {'loss*':>7}"]
+    for rung in rungs:
+        mark = ">" if rung is best else " "
+        rows.append(f"{mark} {rung.inner:>12,} {rung.tokens_per_second:>10,.0f} {rung.peak_share:>8.0%} {rung.tokens:>13,.0f} {rung.epochs:>7.2f} {rung.loss:>7.3f}")
+    return "\n".join([*rows, "parameters outside the embeddings; * by the scaling law, comparable within this table alone"])

@@ -1,0 +1,62 @@
+"""The share of the matmul peak: FLOPs against closed formulas, and nothing left behind by counting them."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lmssl
+from lmssl import machine
+from lmssl.objectives import NextToken
+from lmssl.objectives.base import token_loss
+from tests.helpers import arguments, small_model, token_set
+
+
+class Chain(nn.Module):
+    """Two linear layers, the first of which needs no gradient of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 10)
+
+    def forward(self, x):
+        return {"logits": self.second(self.first(x))}
+
+
+def test_flops_of_linear_layers_are_the_closed_formula():
+    batch = {"x": torch.randn(7, 16), "labels": torch.randint(0, 10, (7,))}
+    assert machine.step_flops(Chain(), batch, token_loss) == 2 * 7 * (2 * 16 * 32 + 3 * 32 * 10)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        x = x * self.scale
+        return {"logits": F.scaled_dot_product_attention(x, x, x).flatten(0, 2)}
+
+
+def test_flops_of_attention_are_counted_on_the_cpu():
+    """Forward two products of L x L x d a head; backward five, one of them forward's again."""
+    batch = {"x": torch.randn(2, 3, 8, 4), "labels": torch.randint(0, 4, (48,))}
+    assert machine.step_flops(Attention(), batch, token_loss) == (2 + 5) * 2 * (2 * 3) * 8 * 8 * 4
+
+
+def test_a_rows_flops_are_linear_in_rows_and_leave_no_gradient(shared_dir, tmp_path):
+    tokens = token_set(shared_dir)
+    trainer = lmssl.PretrainTrainer(small_model("llama", tokens.vocab()), NextToken(), tokens, arguments(tmp_path), 32, quiet=True)
+    one, four = (machine.step_flops(trainer.model, trainer.data_collator([trainer.train_dataset[i] for i in range(n)]), token_loss) for n in (1, 4))
+    assert 0 < 4 * one == four
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_peak_share(shared_dir, tmp_path):
+    """Bounded, the same in progress and metrics, absent where nobody looks."""
+    tokens = token_set(shared_dir)
+    for quiet in (False, True):
+        trainer = lmssl.PretrainTrainer(small_model("llama", tokens.vocab()), NextToken(), tokens, arguments(tmp_path), 32, quiet=quiet)
+        trainer.run()
+        share = trainer.metrics()["matmul_share"]
+        assert share is None if quiet else 0 < share < 1.2
+        assert all(point["bits_per_byte"] > 0 for point in trainer.curve)

@@ -1,0 +1,74 @@
+"""What a run costs before it starts, and what some minutes buy."""
+
+import json
+
+import pytest
+
+from lmssl import config, models, plan
+from lmssl.cli import run
+from lmssl.recipe import PRETRAIN, PretrainRecipe
+from tests.helpers import SMALL
+
+SECTIONS = {name: {"architecture": name, **keys} for name, keys in SMALL.items()}
+
+
+@pytest.fixture
+def recipe(corpus_file, tmp_path):
+    path = tmp_path / "small.yaml"
+    sections = {
+        "data": {"text": str(corpus_file), "tokenizer": "tokenizer_assets/bpe-8k", "seq_length": 32, "held_out": 0.05},
+        "model": SECTIONS["llama"],
+        "objective": {"name": "next_token"},
+        "trainer": {"output_dir": str(tmp_path / "run"), "max_steps": 500, "per_device_train_batch_size": 8},
+    }
+    path.write_text(config.dump(sections))
+    return path
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("factor", [0.5, 1, 2, 3])
+def test_scaled_sections_are_buildable(name, factor):
+    """Every architecture, wider and narrower; heads keep their size, and a factor of 1 keeps the model."""
+    section = SECTIONS[name]
+    before = models.config_of(section)
+    after = models.config_of(plan.scaled(section, before, factor))
+    width = next(n for n in plan.WIDTHS if hasattr(before, n))
+    heads = next(n for n in plan.HEADS if hasattr(before, n))
+    assert getattr(after, width) / getattr(after, heads) == getattr(before, width) / getattr(before, heads)
+    assert getattr(after, width) == round(getattr(before, heads) * factor) * getattr(before, width) // getattr(before, heads)
+    if factor == 1:
+        assert after.to_dict() == before.to_dict()
+
+
+def test_repeated_text_is_worth_less():
+    assert plan.expected_loss(1e6, 1e7, 1e7) < plan.expected_loss(1e6, 1e7, 1e6) < plan.expected_loss(1e6, 1e6, 1e6)
+
+
+def test_dry_run_measures_and_leaves_nothing(recipe, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    assert run(["pretrain", str(recipe), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("500 steps", "tokens/s", "GiB"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_plan_answers_with_a_recipe_that_runs(recipe, tmp_path, capsys):
+    made = tmp_path / "planned.yaml"
+    assert run(["plan", str(recipe), "--minutes", "0.05", "--out", str(made)]) == 0, capsys.readouterr().err
+    sections = config.load(made, (), PRETRAIN)
+    assert sections["trainer"]["max_steps"] >= 1
+    assert PretrainRecipe.load(made).model["architecture"] == "llama"
+    assert run(["pretrain", str(made), "trainer.max_steps=2"]) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 2
+    assert run(["plan", str(recipe), "--minutes", "1", "--out", str(made)]) == 2
+
+
+def test_dry_run_of_a_label_curve(recipe, corpus_file, tmp_path, capsys):
+    assert run(["pretrain", str(recipe), "trainer.max_steps=2"]) == 0
+    out = tmp_path / "curve"
+    made = ["data.test=0.2", "task.labels=[8,16]", "task.seeds=2", "task.learning_rates=[1e-3,1e-4]", f"model.from={tmp_path / 'run'}", f"trainer.output_dir={out}"]
+    capsys.readouterr()
+    assert run(["finetune", "recipes/finetune/quickstart.yaml", f"data.train={corpus_file}", *made, "--dry-run"]) == 0, capsys.readouterr().err
+    # 2 counts x 2 inits x 2 seeds, and 2 rates for each count and init; 39 and 48 steps each.
+    assert "16 runs, 696 steps" in capsys.readouterr().out
+    assert not out.exists()
