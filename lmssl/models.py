@@ -34,6 +34,8 @@ log = logging.getLogger("lmssl")
 
 AUTO = {"decoder": AutoModelForCausalLM, "encoder": AutoModelForMaskedLM, "encoder-decoder": AutoModelForSeq2SeqLM}
 """The class that each family is pretrained as, and loaded with."""
+SHORT_ROW = 256
+"""Tokens up to which attention on a CPU is faster as plain matrix products."""
 POSITIONS = ("max_position_embeddings", "n_positions")
 
 
@@ -132,7 +134,7 @@ def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_le
     family = family_of(config)
     needed = max(n for lengths in objective.lengths(seq_length).values() for n in lengths)
     if "from" in section:
-        return _continue(section, config, family, vocab, needed)
+        return _continue(section, config, family, vocab, seq_length, needed)
     if section.get("vocab_size", vocab.size) != vocab.size:
         raise UserError(f"model.vocab_size: {section['vocab_size']}, but the tokenizer has {vocab.size} ids; leave it out")
     config.vocab_size = vocab.size
@@ -140,7 +142,7 @@ def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_le
     torch.manual_seed(seed)
     try:
         _set_positions(config, AUTO[family], section, needed)
-        model = AUTO[family].from_config(config, **_attention(section))
+        model = AUTO[family].from_config(config, **attention(seq_length, section))
     except UserError:
         raise
     except Exception as error:
@@ -148,8 +150,12 @@ def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_le
     return model.float()
 
 
-def _attention(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {"attn_implementation": section["attn_implementation"]} if "attn_implementation" in section else {}
+def attention(length: int, section: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """`attn_implementation` for rows of a length: the section's own; plain matrix products for short rows on a CPU, where
+    the fused kernel takes longer (docs/decisions/0012); else what transformers chooses."""
+    if "attn_implementation" in section:
+        return {"attn_implementation": section["attn_implementation"]}
+    return {"attn_implementation": "eager"} if length <= SHORT_ROW and not torch.accelerator.is_available() else {}
 
 
 def _set_ids(config: PretrainedConfig, family: Family, vocab: Vocab) -> None:
@@ -196,13 +202,14 @@ def max_length(config: PretrainedConfig) -> int | None:
         return value - position_offset(AUTO[family_of(config)].from_config(config))
 
 
-def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Family, vocab: Vocab, needed: int) -> PreTrainedModel:
+def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Family, vocab: Vocab, seq_length: int, needed: int) -> PreTrainedModel:
     source = str(section["from"])
     positions = max_length(config)
     if positions is not None and positions < needed:
         raise UserError(f"data.seq_length: the rows need {needed} positions, {source} has {positions}")
     try:
-        model, info = AUTO[family].from_pretrained(source, output_loading_info=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, **_attention(section))
+        keys = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32, **attention(seq_length, section)}
+        model, info = AUTO[family].from_pretrained(source, output_loading_info=True, **keys)
     except Exception as error:
         raise UserError(f"model.from: {source}: the weights cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if info["missing_keys"]:

@@ -156,8 +156,8 @@ class Backbone:
         torch.manual_seed(seed)
         try:
             if not pretrained:
-                return auto.from_config(config).float()
-            keys = {"config": config, "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
+                return auto.from_config(config, **models.attention(self.length)).float()
+            keys = {"config": config, **models.attention(self.length), "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
             model, info = auto.from_pretrained(self.source, output_loading_info=True, **keys)
         except ValueError as error:
             raise UserError(f"model.from: {config.model_type} has no {auto.__name__.removeprefix('AutoModel')} head in transformers: {str(error).splitlines()[0]}") from error

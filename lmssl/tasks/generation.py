@@ -62,7 +62,7 @@ def _warm_started(backbone: Backbone, pretrained: bool, seed: int) -> PreTrained
         decoder = backbone.build(AutoModelForCausalLM, pretrained, seed + 1, is_decoder=True, add_cross_attention=True)
     else:
         torch.manual_seed(seed + 1)
-        decoder = AutoModelForCausalLM.from_config(config).float()
+        decoder = AutoModelForCausalLM.from_config(config, **models.attention(backbone.length)).float()
         decoder._lmssl_new = frozenset(name for name, _ in decoder.named_parameters())
         with torch.no_grad():
             decoder.get_input_embeddings().weight.copy_(encoder.get_input_embeddings().weight)
