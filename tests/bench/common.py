@@ -126,27 +126,30 @@ def spans(ids: list[int], sentinels: Sequence[int], eos: int, rng: Any, rate: fl
 
 
 def stock(
-    turns: Any, kind: str, shape: str, folder: str, length: int, rows: int, steps: int, rate: float = 1e-3, keep: str | None = None, source: str = REVIEWS, most: int = 4000
-) -> None:
+    turns: Any, kind: str, shape: str, folder: str, length: int, rows: int, steps: int, *,
+    rate: float = 1e-3, seed: int = 0, keep: str | None = None, source: str = REVIEWS, most: int | None = 4000, held_out: float = 0.0,
+) -> None:  # fmt: skip
     """The stock side: trains, with `turns` watching.
 
     Args:
         keep: folder for the final model.
-        most: documents.
+        most: documents; None takes all.
+        held_out: fraction of the documents, by content hash, that it must not see.
     """
     import transformers
 
-    from lmssl.data.tokens import TokenSet
+    from lmssl.data.tokens import TokenSet, below, content_hash
 
-    transformers.set_seed(0)
-    model = model_of(kind, shape, TokenSet(folder), length)
-    data, tokenizer = grouped(texts(source, most), length)
+    transformers.set_seed(seed)
+    model = model_of(kind, shape, TokenSet(folder), length, seed)
+    data, tokenizer = grouped((t for t in texts(source, most) if content_hash(t) >= below(held_out)), length)
     turns.facts = {"tokens": rows * length, "parameters": sum(p.numel() for p in model.parameters())}
     if kind == "span_corruption":
-        _t5_loop(turns, model, data, tokenizer, rows, steps, rate)
+        _t5_loop(turns, model, data, tokenizer, rows, steps, rate, seed)
     else:
         args = transformers.TrainingArguments(
-            str(Path(folder).parent / f"stock-{kind}"), max_steps=steps, per_device_train_batch_size=rows, learning_rate=rate, lr_scheduler_type="linear", warmup_steps=steps // 20,
+            str(Path(folder).parent / f"stock-{kind}"), max_steps=steps, per_device_train_batch_size=rows, learning_rate=rate, seed=seed, lr_scheduler_type="linear",
+            warmup_steps=steps // 20,
             weight_decay=0.01, logging_steps=max(1, steps // 20), save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
         collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=kind == "masked", mlm_probability=0.15)
@@ -157,13 +160,13 @@ def stock(
         model.save_pretrained(keep)
 
 
-def _t5_loop(turns: Any, model: Any, data: Any, tokenizer: Any, rows: int, steps: int, rate: float) -> None:
+def _t5_loop(turns: Any, model: Any, data: Any, tokenizer: Any, rows: int, steps: int, rate: float, seed: int) -> None:
     """Span corruption as a script would do it: a row at a time in numpy, padded to the longest, one AdamW."""
     import numpy as np
     import torch
     import transformers
 
-    rng, order = np.random.default_rng(0), torch.randperm(len(data)).tolist()
+    rng, order = np.random.default_rng(seed), torch.randperm(len(data)).tolist()
     sentinels = [tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>") for i in range(100)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
