@@ -98,7 +98,9 @@ def use(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
     auto = "AutoModelForCausalLM" if decoder else "AutoModelForSeq2SeqLM"
     text = '"A text to work on."'
     if task == "sentiment" and recipe["task"].get("text_b"):
-        text = '{"text": "The first text.", "text_pair": "The second."}'
+        text = repr({"text": "The first text.", "text_pair": "The second." + recipe["task"]["cue"]})
+    elif task == "sentiment":
+        text = repr("A text to work on." + recipe["task"]["cue"])
     if task == "translation":
         separator = recipe["task"]["separator"]
         text = (

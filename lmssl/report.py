@@ -141,8 +141,8 @@ def mean_gain(metrics: dict[str, Any]) -> tuple[float, float | None]:
     """The mean over the label counts of the paired gain, and its standard error over seeds (None for one seed)."""
     seeds = sorted({r["seed"] for r in metrics["results"]})
     sign = {"pretrained": 1.0, "scratch": -1.0}
-    counts = len(metrics["summary"])
-    means = [sum(sign[r["init"]] * r["score"] for r in metrics["results"] if r["seed"] == s) / counts for s in seeds]
+    counts = {row["labels"] for row in metrics["summary"]}  # further counts from scratch have no partner
+    means = [sum(sign[r["init"]] * r["score"] for r in metrics["results"] if r["seed"] == s and r["labels"] in counts) / len(counts) for s in seeds]
     mean = sum(means) / len(means)
     if len(means) < 2:
         return mean, None

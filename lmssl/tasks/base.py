@@ -158,13 +158,28 @@ class Backbone:
             if not pretrained:
                 return auto.from_config(config, **models.attention(self.length)).float()
             keys = {"config": config, **models.attention(self.length), "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
-            model, info = auto.from_pretrained(self.source, output_loading_info=True, **keys)
+            model, info = auto.from_pretrained(self.source, output_loading_info=True, key_mapping=self._renamed(auto), **keys)
         except ValueError as error:
             raise UserError(f"model.from: {config.model_type} has no {auto.__name__.removeprefix('AutoModel')} head in transformers: {str(error).splitlines()[0]}") from error
         except Exception as error:  # no weights, a pickle, a broken file: a type for each library in between
             raise UserError(f"model.from: {self.source}: the weights cannot be loaded: {str(error).strip().splitlines()[0]}") from error
         model._lmssl_new = frozenset(info["missing_keys"])
+        body = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
+        if body and len(model._lmssl_new.intersection(body)) > len(body) // 2:
+            raise UserError(
+                f"model.from: {self.source}: its weights do not reach {type(model).__name__}: {len(model._lmssl_new)} tensors are missing, {sorted(model._lmssl_new)[0]} ..."
+            )
         return model
+
+    def _renamed(self, auto: Any) -> dict[str, str] | None:
+        """Pattern -> replacement for the names of a pretrained checkpoint, where a head's class calls the model beneath it otherwise.
+
+        In transformers 5.23 Llama's question-answering head says `transformer`, its language-modelling head `model`;
+        from_pretrained would leave every weight at random, with no more than a warning.
+        """
+        kind = type(self.config)
+        names = [auto_class._model_mapping[kind].base_model_prefix for auto_class in (models.AUTO[self.family], auto) if kind in auto_class._model_mapping]
+        return {rf"^{names[0]}\.": f"{names[1]}."} if len(set(names)) == 2 and all(names) else None
 
 
 class Task(Protocol):
@@ -261,11 +276,21 @@ def split_test(examples: list[Example], test: float) -> tuple[list[Example], lis
     return [e for e, c in zip(examples, chosen, strict=True) if not c], [e for e, c in zip(examples, chosen, strict=True) if c]
 
 
-def split_validation(examples: Sequence[T], share: float) -> tuple[list[T], list[T]]:
-    """(train, validation) of examples in `nested` order: every k-th, so that both stay stratified; at least one each."""
-    every = max(2, round(1 / share))
-    held = set(range(every - 1, len(examples), every)) or {len(examples) - 1}
-    return [e for i, e in enumerate(examples) if i not in held], [e for i, e in enumerate(examples) if i in held]
+def split_validation(labels: Sequence[str], share: float) -> tuple[list[int], list[int]]:
+    """(train, validation): places of examples in `nested` order, the share taken of each class, at least one in all.
+
+    >>> split_validation(["a", "b"] * 4, 0.25)
+    ([0, 1, 2, 3, 4, 5], [6, 7])
+    """
+    seen: dict[str, int] = {}
+    held = []
+    for place, label in enumerate(labels):
+        before = seen.get(label, 0)
+        seen[label] = before + 1
+        if int((before + 1) * share + 1e-9) > int(before * share + 1e-9):
+            held.append(place)
+    held = held or [len(labels) - 1]
+    return [i for i in range(len(labels)) if i not in set(held)], held
 
 
 class Few(torch.utils.data.Dataset):

@@ -71,6 +71,21 @@ def check(task: Task, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
     return classes
 
 
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """One labelled example, encoded.
+
+    Attributes:
+        where: file:line.
+        label: class name; "" where a task has none.
+        items: what is trained on (a long context has several).
+    """
+
+    where: str
+    label: str
+    items: list[Item]
+
+
 @dataclass
 class Run:
     """One fine-tuning run.
@@ -109,7 +124,7 @@ class Curve:
         self.first = self.args.process_index == 0
         self.ledger = Ledger(self.out, identity_of(task, backbone, train, test, values, torch.get_num_threads()), self.first)
         self.rates: dict[tuple[str, int], float] = {}
-        self._subset: tuple[int, list[tuple[str, list[Item]]]] = (-1, [])
+        self._subset: tuple[int, list[Shot]] = (-1, [])
         if self.args.torch_compile:
             # Every width is compiled for itself; a kernel for all widths is slower than the few that occur.
             torch._dynamo.config.automatic_dynamic_shapes = False
@@ -181,12 +196,12 @@ class Curve:
     def _seconds(self) -> float:
         return round(time.time() - self.begun, 1)
 
-    def _few(self, seed: int) -> list[tuple[str, list[Item]]]:
-        """A seed's examples in nested order, as many as are ever used: where each stands, and its items."""
+    def _few(self, seed: int) -> list[Shot]:
+        """A seed's examples in nested order, as many as are ever used."""
         if self._subset[0] != seed:
             most = max([*self.task.labels, *self.task.scratch_labels])
             chosen = [self.train[i] for i in nested(self.train, seed)[:most]]
-            self._subset = (seed, list(zip([e.where for e in chosen], self.task.encode(self.backbone, chosen), strict=True)))
+            self._subset = (seed, [Shot(e.where, e.label, items) for e, items in zip(chosen, self.task.encode(self.backbone, chosen), strict=True)])
         return self._subset[1]
 
     def _rate(self, run: Run) -> float:
@@ -208,10 +223,11 @@ class Curve:
         tried = {"labels": run.labels, "init": run.init, "learning_rate": rate}
         loss = self.ledger.loss(**tried)
         if loss is None:
-            train, held = split_validation(self._few(0)[: run.labels], self.task.validation)
+            few = self._few(0)[: run.labels]
+            train, held = ([few[i] for i in places] for places in split_validation([shot.label for shot in few], self.task.validation))
             try:
                 model, _ = self._trained(Run(run.labels, run.init, 0), train, rate, "-tuning")
-                loss = self._loss(model, [item for _, some in held for item in some])
+                loss = self._loss(model, [item for shot in held for item in shot.items])
             except Diverged as error:
                 log.warning("%d labels, %s, learning rate %g: %s", run.labels, run.init, rate, error)
                 loss = math.inf
@@ -219,7 +235,7 @@ class Curve:
             self.ledger.save(self._seconds())
         return loss
 
-    def _trained(self, run: Run, few: list[tuple[str, list[Item]]], rate: float, kind: str = "", callbacks: Sequence[TrainerCallback] = ()) -> tuple[PreTrainedModel, int]:
+    def _trained(self, run: Run, few: list[Shot], rate: float, kind: str = "", callbacks: Sequence[TrainerCallback] = ()) -> tuple[PreTrainedModel, int]:
         """A model fine-tuned on the items of the first few examples, and its optimizer steps; from its checkpoint, where one lies."""
         pretrained = run.init == "pretrained"
         model = self.task.model(self.backbone, pretrained, run.seed)
@@ -234,7 +250,7 @@ class Curve:
         args.output_dir = str(folder)
         if args.max_steps <= args.save_steps:
             args.save_strategy = "no"
-        pairs = [(item, where) for where, some in few[: run.labels] for item in some]
+        pairs = [(item, shot.where) for shot in few[: run.labels] for item in shot.items]
         stream = Few([i for i, _ in pairs], [w for _, w in pairs], mix(run.seed, 1) >> 1, args.max_steps * arguments.global_batch(values))
         self.trainer = ExactTrainer(model, args, stream, self.collate, identity={"steps": args.max_steps}, quiet=True, **arguments.own(values))
         for callback in callbacks:

@@ -61,6 +61,9 @@ class Sentiment(FewLabels):
     """Column of the class; its values are the class names."""
     keep: Literal["start", "end"] = "end"
     """Which part of a long text is kept."""
+    cue: str = ""
+    """Text put behind every input, for example " Overall, this film was". What a decoder's head reads is the state that
+    predicts the next token; a cue makes the next token the one in question (compare Schick and Schuetze 2020, 2001.07676)."""
 
     name: ClassVar[str] = "sentiment"
     metric: ClassVar[str] = "accuracy"
@@ -71,6 +74,8 @@ class Sentiment(FewLabels):
         super().__post_init__()
         if (self.text_a is None) != (self.text_b is None):
             raise ValueError(f"text_a={self.text_a} and text_b={self.text_b} must both be named, or neither")
+        if self.cue and self.keep == "start":
+            raise ValueError(f"cue={self.cue!r} stands at the end of an input, which keep=start cuts off; use keep=end")
 
     def read(self, sources: list[corpus.Source]) -> list[Labelled]:
         """Every labelled example of the sources, exact duplicates dropped."""
@@ -97,7 +102,7 @@ class Sentiment(FewLabels):
         """Token ids cut to the backbone's length, and the class number (0 where there is none)."""
         begin = np.array(backbone.begin(), np.int32)
         eos = np.array([backbone.tokenizer.id("eos")], np.int32)
-        end = eos[:0] if backbone.family == "decoder" else eos
+        end = np.concatenate([*backbone.ids([self.cue] if self.cue else []), eos[:0] if backbone.family == "decoder" else eos])
         numbers = {name: i for i, name in enumerate(backbone.classes)}
         seconds: list[Any] = [None] * len(examples)
         if self.text_b:
