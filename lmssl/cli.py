@@ -246,7 +246,9 @@ def _finetune(options: argparse.Namespace) -> None:
     if options.dry_run:
         _print_cost("curve_cost", loaded)
         return
-    print(report.label_table(recipe.finetune(loaded, resume=options.resume, overwrite=options.overwrite, accept=tuple(options.accept))))
+    metrics = recipe.finetune(loaded, resume=options.resume, overwrite=options.overwrite, accept=tuple(options.accept))
+    if os.environ.get("RANK", "0") == "0":
+        print(report.label_table(metrics))
 
 
 def _predict(options: argparse.Namespace) -> None:

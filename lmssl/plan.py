@@ -237,7 +237,10 @@ def scaled(section: dict[str, Any], config: PretrainedConfig, factor: float) -> 
     """A model section `factor` times as wide and its root times as deep, heads of the same size, widths multiples of 32."""
     known = {n: getattr(config, n) for n in (*WIDTHS, *HEADS, *DEPTHS) if isinstance(getattr(config, n, None), int) and n in models.known_keys(type(config))}
     heads = next((known[n] for n in HEADS if n in known), 1)
-    made = max(1, round(heads * factor))
+    # Grouped heads stay in whole groups.
+    group = max((known[n] for n in HEADS if n in known and heads % known[n] == 0 and known[n] < heads), default=1)
+    group = heads // group if group > 1 else 1
+    made = max(1, round(heads * factor / group)) * group
     new: dict[str, Any] = {}
     for name, value in known.items():
         if name in DEPTHS:

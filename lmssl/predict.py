@@ -48,6 +48,9 @@ def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) 
     names = getattr(backbone.config, "id2label", None) if task.classes else None
     backbone = Backbone.load(checkpoint, known if 0 < known < 10**6 else None, [names[i] for i in sorted(names)] if names else ())
     model = task.model(backbone, True, 0)
+    new: frozenset[str] = getattr(model, "_lmssl_new", frozenset())
+    if new:
+        raise UserError(f"{checkpoint}: has no weights for {task.name} ({sorted(new)[0]} is missing); lmssl finetune makes a checkpoint that has")
     return task, backbone, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -65,6 +68,8 @@ def _named(source: corpus.Source, field: str | None) -> Iterator[corpus.Record]:
         if source.kind == "txt":
             if field is None:
                 raise UserError(f"{where}: this task needs a question and a context; give .jsonl, .csv, .parquet or SQuAD .json")
+            if not record["text"].strip():
+                continue
             record = {field: record["text"]}
         yield record, where
 
@@ -81,7 +86,7 @@ def _stdin(field: str | None) -> Iterator[corpus.Record]:
         if line.startswith("{") or field is None:
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: not valid JSON: {error}") from None
             if not isinstance(record, dict):
                 raise UserError(f"{where}: expected a JSON object, one a line")

@@ -104,7 +104,7 @@ class FinetuneData:
     test: str | int | float | list[str] = 0.1
     """Test files; or a fraction, or a number, of the documents of `train`, taken by smallest content hash."""
     max_length: int | None = None
-    """Tokens of a text that the model reads; unset: what the backbone was pretrained with."""
+    """Tokens of a text that the model reads; unset: as many as it has positions, 256 where it has none (T5)."""
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 8:
@@ -333,7 +333,7 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
     values = arguments.resolve(recipe.trainer, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
     out = Path(values["output_dir"])
     first = int(os.environ.get("RANK", 0)) == 0
-    present = [p for p in (out / "metrics.json", out / ledger.NAME, out / "recipe.yaml", out / "checkpoints") if p.exists()]
+    present = [p for p in (out / "metrics.json", out / ledger.NAME, out / "recipe.yaml", out / "checkpoints", out / "predictions") if p.exists()]
     if present and not (resume or overwrite):
         raise UserError(f"trainer.output_dir: {out} holds a run ({present[0].name}); --resume continues it, --overwrite begins anew")
     runs = curve_of(recipe, values, quiet)
@@ -386,13 +386,16 @@ def leak_check(source: str, test: typing.Sequence[Any]) -> dict[str, Any]:
     path = Path(source) / "recipe.yaml"
     if not path.is_file():
         return {"checked": False, "reason": "the backbone has no recipe.yaml, so its text is not known"}
-    data = config.build(DataSection, config.load(path, (), PRETRAIN)["data"], "data")
     try:
-        documents = prepared(data, tokenization.load(source), quiet=True).texts()
+        data = config.build(DataSection, config.load(path, (), PRETRAIN)["data"], "data")
+        tokenizer = tokenization.load(source)
+        documents = prepared(data, tokenizer, quiet=True).texts()
     except UserError as error:
         return {"checked": False, "reason": f"the pretraining text is not at hand: {error}"}
     owners = [k for k, example in enumerate(test) for _ in example.texts()]
-    found = sorted({owners[i] for i in leaked((text for example in test for text in example.texts()), documents)})
+    # The documents come out of the tokenizer again, perhaps in lower case; so must the test texts.
+    texts = tokenizer.round_trip([text for example in test for text in example.texts()])
+    found = sorted({owners[i] for i in leaked(texts, documents)})
     return {"checked": True, "test_examples": len(test), "leaked": len(found), "examples": [test[k].where for k in found[:20]]}
 
 
@@ -409,7 +412,8 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     saved = config.load(folder / "recipe.yaml", (), PRETRAIN) if (folder / "recipe.yaml").is_file() else {}
     checkpoint_config = models.read_config(checkpoint, "CHECKPOINT")
     family = models.family_of(checkpoint_config)
-    fallback = {"decoder": "next_token", "encoder": "masked", "encoder-decoder": "span_corruption"}[family]
+    tokenizer = tokenization.load(checkpoint)
+    fallback = {"decoder": "next_token", "encoder": "masked", "encoder-decoder": "span_corruption" if tokenizer.sentinels else "infilling"}[family]
     sections: dict[str, dict[str, Any]] = {"data": {"seq_length": models.max_length(checkpoint_config) or 128}, "objective": {"name": fallback}, "model": {}, "trainer": {}}
     sections |= saved
     sections = config.apply_overrides(sections, overrides, ("data", "objective", "trainer"))
@@ -419,13 +423,18 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     data = config.build(DataSection, sections["data"] | {"tokenizer": checkpoint}, "data")
     objective = make(sections["objective"]).held_out()
     models.check_family(checkpoint_config, objective, sections["objective"]["name"])
-    tokenizer = tokenization.load(checkpoint)
+    tokenizer.check(objective, sections["objective"]["name"])
+    batch = sections["trainer"].get("per_device_eval_batch_size", 64)
+    if not isinstance(batch, int) or batch < 1:
+        raise UserError(f"trainer.per_device_eval_batch_size: {batch!r} must be a whole number above 0")
     token_set = prepared(data, tokenizer).held_out() if own_text else tokens.prepare(data.text, tokenizer, 0.0)
     start = getattr(checkpoint_config, "decoder_start_token_id", None)
     vocab = token_set.vocab(start)
     model = models.prepare(models.build({"from": checkpoint}, vocab, objective, data.seq_length, 0))
     stream = Stream(token_set, objective, data.seq_length, seed=0, length=None, start=start)
-    values = held_out(model, stream, Collator(objective, data.seq_length, family, vocab.pad), sections["trainer"].get("per_device_eval_batch_size", 64))
+    values = held_out(model, stream, Collator(objective, data.seq_length, family, vocab.pad), batch)
+    if not values["labels"]:
+        raise UserError(f"data.text: {sections['objective']['name']} asks for no token of this text; it is too short to measure anything")
     metrics = (output.read_json(folder / "metrics.json") or {}) | {"held_out": result(values) | {"text": "held out" if own_text else data.text}}
     if folder.is_dir():
         output.write_json(folder / "metrics.json", metrics)
@@ -447,13 +456,16 @@ def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
     checkpoint_config = models.read_config(checkpoint, "CHECKPOINT")
     family, tokenizer = models.family_of(checkpoint_config), tokenization.load(checkpoint)
     records = [record for source in corpus.resolve(path, "--pairs") for record in corpus.records(source)]
-    pairs = [(corpus.field_of(r, "sentence_good", where), corpus.field_of(r, "sentence_bad", where), str(r.get("UID", "all"))) for r, where in records]
+    pairs = [(*(corpus.text_of(r, name, where) for name in ("sentence_good", "sentence_bad")), str(r.get("UID", "all"))) for r, where in records]
     if not pairs:
         raise UserError(f"--pairs: {path} holds no pair")
     model = models.AUTO[family].from_pretrained(checkpoint, use_safetensors=True, trust_remote_code=False).float()
     vocab = tokenizer.vocab(getattr(checkpoint_config, "decoder_start_token_id", None))
     begin = 1 if "bos" in tokenizer.roles else 0
     ids = [row[begin:-1] for row in tokenizer.encode([text for good, bad, _ in pairs for text in (good, bad)])]
+    room = (models.max_length(checkpoint_config) or 2**31) - 2
+    if too_long := next((n for n, row in enumerate(ids) if len(row) > room), None):
+        raise UserError(f"{records[too_long // 2][1]}: a sentence of {len(ids[too_long])} tokens; the checkpoint reads {room}")
     saved = config.load(folder / "recipe.yaml", (), PRETRAIN) if (folder / "recipe.yaml").is_file() else {}
     by = "mask" if saved.get("objective", {}).get("name") == "infilling" or checkpoint_config.model_type in ("bart", "mbart") else "sentinel"
     total = len(ids) if family == "decoder" else sum(map(len, ids))

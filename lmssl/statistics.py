@@ -71,7 +71,8 @@ def equivalence(results: Sequence[Result], draws: int = 2000) -> list[dict[str, 
         value, beyond = _reach(counts, curve.mean(1), scores.mean())
         entry: dict[str, Any] = {"labels": labels, "equivalent": value, "beyond": beyond, "interval": None, "interval_beyond": None}
         if len(seeds) > 1:
-            drawn = sorted((_reach(counts, curve[:, p].mean(1), scores[p].mean()) for p in picks), key=lambda pair: pair[0])
+            side = {"below": -1, None: 0, "above": 1}
+            drawn = sorted((_reach(counts, curve[:, p].mean(1), scores[p].mean()) for p in picks), key=lambda pair: (pair[0], side[pair[1]]))
             low, high = drawn[int(0.025 * draws)], drawn[int(0.975 * draws)]
             entry |= {"interval": [low[0], high[0]], "interval_beyond": [low[1], high[1]]}
         rows.append(entry)

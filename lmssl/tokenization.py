@@ -6,6 +6,7 @@ names the special tokens), as `AutoTokenizer` reads it and `save_pretrained` wri
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -75,7 +76,9 @@ class Tokenizer:
         if self._fast is False:
             self._fast = byte_pairs.encoder(self.backend)
         if self._fast is not None:
-            return [np.concatenate([bos, ids, eos]).astype(np.int32) for ids in byte_pairs.encode(self._fast, texts)]
+            # A million spaces in a row are more than tiktoken's regular expressions hold.
+            with contextlib.suppress(ValueError):
+                return [np.concatenate([bos, ids, eos]).astype(np.int32) for ids in byte_pairs.encode(self._fast, texts)]
         return [np.array(bos + e.ids + eos, np.int32) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def spans(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -115,7 +118,14 @@ class Tokenizer:
         pair = [*bos, "$A", eos, "$B", *([eos] if closing else [])]
         backend.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=[(t, backend.token_to_id(t)) for t in {*bos, eos}])
         settings = self.settings | {"model_max_length": length, "truncation_side": truncation_side, "padding_side": padding_side}
+        # A class of an architecture of its own (RobertaTokenizer) would put its own template in the place of this one.
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         return Tokenizer(backend, self.roles, self.sentinels, settings | {"model_input_names": ["input_ids", "attention_mask"]}, self.source)
+
+    def round_trip(self, texts: list[str]) -> list[str]:
+        """What is left of each text behind encoding and decoding: all of it, or its lower case, its accents gone, ..."""
+        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return self.backend.decode_batch([e.ids for e in encoded], skip_special_tokens=True)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens shown."""

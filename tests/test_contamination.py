@@ -100,6 +100,14 @@ def test_the_check_of_a_result(tmp_path, capsys):
     assert "not at hand" in leak_check(str(tmp_path / "run"), [Example("a", "", "")])["reason"]
 
 
+def test_a_tokenizer_that_drops_case_and_accents_hides_no_leak():
+    """Documents are compared as the tokenizer gives them back; so are the test texts."""
+    texts = ["Für die Übung Über die Brücke mit vielen Wörtern die lang genug sind damit es reicht"]
+    lower = tokenization.train(texts * 3, "wordpiece", 400)
+    assert lower.round_trip(texts)[0] == lower.round_trip(lower.round_trip(texts))[0] != texts[0]
+    assert contamination.leaked(lower.round_trip(texts), lower.round_trip(texts)) == [0]
+
+
 def test_a_bad_path_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(UserError, match=r"data\.decontaminate: no such file"):

@@ -98,7 +98,7 @@ def test_learning_rates_are_chosen_on_the_few_labels_alone(data, backbones, tmp_
     metrics = finetune(FinetuneRecipe.of(sections("sentiment", backbones["decoder"], data, tmp_path / "out", **fields)), quiet=True)
     assert {(t["labels"], t["init"]) for t in metrics["tuning"]} == {(8, "scratch"), (8, "pretrained"), (20, "scratch"), (20, "pretrained"), (40, "scratch")}
     assert len(metrics["tuning"]) == 5 * 3
-    assert {len(items) for items in asked} == {2, 5, 10}, "a quarter of the few labels"
+    assert {len(items) for items in asked} == {2, 4, 10}, "a quarter of each of the two classes, rounded down"
     for labels, init in {(t["labels"], t["init"]) for t in metrics["tuning"]}:
         best = min((t for t in metrics["tuning"] if (t["labels"], t["init"]) == (labels, init)), key=lambda t: t["validation_loss"])
         assert {r["learning_rate"] for r in metrics["results"] if (r["labels"], r["init"]) == (labels, init)} == {best["learning_rate"]}
@@ -113,10 +113,31 @@ def test_learning_rates_are_chosen_on_the_few_labels_alone(data, backbones, tmp_
 
 
 def test_validation_split():
-    train, held = base.split_validation(list(range(20)), 0.25)
-    assert held == [3, 7, 11, 15, 19]
-    assert sorted(train + held) == list(range(20))
-    assert base.split_validation(list(range(2)), 0.25) == ([0], [1])
+    """A quarter of every class, the rest to train on; at least one in all."""
+    labels = ["a", "b"] * 10 + ["a"] * 20
+    train, held = base.split_validation(labels, 0.25)
+    assert sorted(train + held) == list(range(40))
+    assert sorted(labels[i] for i in held) == ["a"] * 7 + ["b"] * 2
+    assert base.split_validation([""] * 20, 0.25)[1] == [3, 7, 11, 15, 19]
+    assert base.split_validation(["a", "b"], 0.25) == ([0], [1])
+    for share in (0.1, 0.4, 0.6):
+        assert abs(len(base.split_validation(["x"] * 100, share)[1]) - 100 * share) <= 1
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_every_class_stands_on_both_sides_of_the_validation_split(classes):
+    examples = [base.Example(f"text {n}", str(n % classes), "") for n in range(400)]
+    for count in (20, 100):
+        labels = [examples[i].label for i in base.nested(examples, 0)[:count]]
+        for places in base.split_validation(labels, 0.25):
+            assert len({labels[i] for i in places}) == classes
+
+
+def test_widths_stay_within_the_positions():
+    rows = [np.arange(98), np.arange(3)]
+    assert base.padded(rows, 0, 64).shape == (2, 128)
+    assert base.padded(rows, 0, 64, most=100).shape == (2, 100)
+    assert base.padded(rows, 0, 64, most=32).shape == (2, 98)
 
 
 @pytest.mark.parametrize("multiple", [1, 8])

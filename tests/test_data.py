@@ -201,6 +201,17 @@ def test_prepare_finds_it_again(corpus_file):
     assert lmssl.prepare(str(corpus_file), tokenizer(), 0.2, quiet=True).folder != first.folder
 
 
+def test_a_file_of_another_kind_is_another_text(tmp_path):
+    """The same bytes under another name are read otherwise."""
+    content = "".join(json.dumps({"text": text}) + "\n" for text in sentences(30))
+    found = []
+    for name in ("d.txt", "d.jsonl"):
+        (tmp_path / name).write_text(content)
+        found.append(next(iter(tokens.prepare(str(tmp_path / name), tokenizer(), 0.2, quiet=True).texts())))
+    assert found[0].startswith("{")
+    assert not found[1].startswith("{")
+
+
 def test_held_out_file(tmp_path, corpus_file):
     held = tmp_path / "held.jsonl"
     held.write_text("".join(corpus_file.read_text().splitlines(keepends=True)[:20]))

@@ -7,7 +7,11 @@ import sys
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+from lmssl import predict
 from lmssl.cli import run
+from lmssl.errors import UserError
+from lmssl.tasks.qa import QuestionAnswering
+from lmssl.tasks.sentiment import Sentiment
 from tests.helpers import small_model, token_set
 
 
@@ -49,7 +53,7 @@ def test_files_and_standard_input_agree(classifier, tmp_path, monkeypatch, capsy
         (["--task", "sentiment", "nowhere.jsonl"], "no such file"),
         (["--task", "sentiment", "task.txt=x"], "did you mean"),
         (["--task", "sentiment", "--batch", "0"], "--batch: 0"),
-        (["--task", "qa", "LINES"], "a question and a context"),
+        (["--task", "qa", "LINES"], "has no weights for qa"),
     ],
 )
 def test_refusals(args, message, classifier, tmp_path, capsys):
@@ -58,6 +62,20 @@ def test_refusals(args, message, classifier, tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()
     assert message in error[-1]
     assert run(["predict", str(classifier.parent / "nothing"), "--task", "qa"]) == 2
+
+
+def test_lines_hold_no_question_and_blank_ones_nothing(tmp_path):
+    (tmp_path / "lines.txt").write_text("a film\n\n  \nanother\n")
+    files = [str(tmp_path / "lines.txt")]
+    with pytest.raises(UserError, match="a question and a context"):
+        list(predict.examples(QuestionAnswering(), files))
+    assert [e.text for e in predict.examples(Sentiment(), files)] == ["a film", "another"]
+
+
+def test_a_backbone_without_a_head_predicts_nothing(classifier, capsys):
+    """Its head would be drawn at random, and its answers with it."""
+    assert run(["predict", str(classifier.parent / "backbone"), "--task", "sentiment"]) == 2
+    assert "has no weights for sentiment" in capsys.readouterr().err
 
 
 def test_bad_lines(classifier, monkeypatch, capsys):

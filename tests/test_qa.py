@@ -222,6 +222,14 @@ def test_formats(tmp_path):
     assert [e.question for e in examples(task, [str(tmp_path / "a.jsonl")])] == ["how was it"]
 
 
+@pytest.mark.parametrize(("said", "answered"), [("False", True), ("false", True), (0, True), (None, True), ("True", False), (1, False), (True, False)])
+def test_is_impossible_may_be_text(said, answered, tmp_path):
+    """A table writes it as text, and the text "False" is true."""
+    (tmp_path / "x.jsonl").write_text(json.dumps(RECORD | {"is_impossible": said}) + "\n")
+    (made,) = QuestionAnswering().read(corpus.resolve(str(tmp_path / "x.jsonl")))
+    assert bool(made.answers) == answered
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -232,6 +240,7 @@ def test_formats(tmp_path):
         ({"answers": "good"}, "not JSON"),
         ({"question": ""}, "column 'question' holds ''"),
         ({"context": None}, "column 'context' holds None"),
+        ({"is_impossible": "perhaps"}, "column 'is_impossible' holds 'perhaps'"),
     ],
 )
 def test_bad_records(change, message, tmp_path):

@@ -63,6 +63,16 @@ def test_encode_keeps_the_end_and_the_specials(backbones):
     assert ids_of(Sentiment(keep="start"), backbones["encoder"], example) == [[*whole[:15], whole[-1]]]
 
 
+def test_a_cue_stands_behind_every_text_and_is_never_cut(backbones):
+    long, short = sentences(1, seed=2)[0] * 3, "a film"
+    task = Sentiment(cue=" the plot was")
+    for family, backbone in backbones.items():
+        (cue,), eos = backbone.ids([task.cue]), [] if family == "decoder" else [backbone.tokenizer.id("eos")]
+        for row in ids_of(task, backbone, Labelled(long, "1", ""), Labelled(short, "0", ""), Labelled(long, "1", "", short)):
+            assert row[len(row) - len(eos) - len(cue) :] == [*cue.tolist(), *eos]
+            assert len(row) <= backbone.length
+
+
 def test_encode_pairs(backbones):
     """bos a eos b eos; of a pair that is too long the longer text is cut first."""
     made, task = tokenizer(), Sentiment(text_a="a", text_b="b", keep="start")
@@ -205,6 +215,7 @@ def test_macro_f1_equals_scikit_learn():
         ({"task": {"text_a": "review"}}, "must both be named"),
         ({"task": {"method": "lore"}}, "one of full, probe, lora"),
         ({"task": {"learning_rates": [0]}}, "numbers above 0"),
+        ({"task": {"cue": " It was", "keep": "start"}}, "which keep=start cuts off"),
         ({"task": {"validation": 1.0}}, "above 0 and below 1"),
         ({"task": {"scratch_labels": [9999]}}, "task.scratch_labels: 9999 labels asked for"),
         ({"task": {"name": "sentimnt"}}, "did you mean 'sentiment'"),

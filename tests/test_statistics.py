@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lmssl import statistics
+from lmssl import report, statistics
 
 
 def results_of(scratch, pretrained):
@@ -25,6 +25,13 @@ def test_summary_is_paired():
     (row,) = statistics.summary(results_of({10: a}, {10: b}))
     expected = stats.ttest_rel(b, a).confidence_interval(0.95)
     assert row["gain"]["interval"] == pytest.approx([expected.low, expected.high], abs=1e-3)
+
+
+def test_further_counts_from_scratch_leave_the_verdict_alone():
+    scratch, pretrained = {10: [0.5, 0.6], 100: [0.6, 0.7]}, {10: [0.65, 0.75], 100: [0.75, 0.85]}
+    for more in ({}, {1000: [0.9, 0.9]}):
+        results = results_of(scratch | more, pretrained)
+        assert report.mean_gain({"results": results, "summary": statistics.summary(results)}) == pytest.approx((0.15, 0.0), abs=1e-9)
 
 
 def test_equivalence_on_a_known_curve():

@@ -219,6 +219,15 @@ def check_text(text: str, where: str) -> None:
         raise UserError(f"{where}: holds half of a surrogate pair: this is not text")
 
 
+def text_of(record: dict[str, Any], column: str, where: str) -> str:
+    """A column that must hold text with something in it."""
+    text = field_of(record, column, where)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where}: column '{column}' holds {text!r}, expected text")
+    check_text(text, where)
+    return text
+
+
 def _type(value: Any) -> str:
     return {type(None): "nothing (null)", list: "a list", dict: "an object", bool: "true or false"}.get(type(value), f"a number ({value!r})")
 

@@ -212,11 +212,11 @@ def prepare(
 
     train = corpus.resolve(text)
     held = corpus.resolve(held_out, "data.held_out") if isinstance(held_out, str) else []
-    described = [{"path": s.path, "column": s.column, "bytes": s.bytes, "sha256": s.fingerprint()} for s in train]
-    held_described = [{"path": s.path, "column": s.column, "sha256": s.fingerprint()} for s in held]
+    described = [{"path": s.path, "kind": s.kind, "column": s.column, "bytes": s.bytes, "sha256": s.fingerprint()} for s in train]
     tests = corpus.resolve(decontaminate, "data.decontaminate") if not isinstance(decontaminate, bool) else []
-    identity = [FORMAT, tokenizer.hash, [(s["sha256"], s["column"]) for s in described], held_described or held_out]
-    identity += [[(s.fingerprint(), s.column) for s in tests] or True] if decontaminate else []
+    identity = [FORMAT, tokenizer.hash, [(s["sha256"], s["kind"], s["column"]) for s in described]]
+    identity += [[(s.fingerprint(), s.kind, s.column) for s in held] or held_out]
+    identity += [[(s.fingerprint(), s.kind, s.column) for s in tests] or True] if decontaminate else []
     skip = on_bad_record == "skip"
     identity += ["skip"] if skip else []
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]

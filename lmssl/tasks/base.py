@@ -100,6 +100,10 @@ class FewLabels:
         output.write(folder / f"{name}.txt", "".join(line + "\n" for line in outputs))
 
 
+UNBOUNDED = 256
+"""Tokens that a model of relative positions (T5) reads, where `data.max_length` does not say."""
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A checkpoint to fine-tune, and how its inputs are made.
@@ -131,7 +135,9 @@ class Backbone:
         limit = models.max_length(config)
         if max_length and limit and max_length > limit:
             raise UserError(f"data.max_length: {max_length} tokens, but the backbone has {limit} positions")
-        return cls(source, config, models.family_of(config), tokenization.load(source), max_length or limit or 256, tuple(classes))
+        tokenizer = tokenization.load(source)
+        tokenizer.vocab()  # refuses one without eos
+        return cls(source, config, models.family_of(config), tokenizer, max_length or limit or UNBOUNDED, tuple(classes))
 
     @property
     def pad(self) -> int:
@@ -152,13 +158,16 @@ class Backbone:
 
         What the checkpoint lacks (the head) is drawn from the seed for both.
         """
-        config = type(self.config).from_dict(self.config.to_dict() | changes)
+        config = type(self.config).from_dict(self.config.to_dict() | {"pad_token_id": self.pad} | changes)
         torch.manual_seed(seed)
         try:
             if not pretrained:
                 return auto.from_config(config, **models.attention(self.length)).float()
+            renamed = self._renamed(auto)
             keys = {"config": config, **models.attention(self.length), "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
-            model, info = auto.from_pretrained(self.source, output_loading_info=True, key_mapping=self._renamed(auto), **keys)
+            model, info = auto.from_pretrained(self.source, output_loading_info=True, key_mapping=renamed, **keys)
+            if renamed:
+                model._weight_conversions = []  # or save_pretrained would rename them back, and from_pretrained not know them
         except ValueError as error:
             raise UserError(f"model.from: {config.model_type} has no {auto.__name__.removeprefix('AutoModel')} head in transformers: {str(error).splitlines()[0]}") from error
         except Exception as error:  # no weights, a pickle, a broken file: a type for each library in between
@@ -321,9 +330,10 @@ class Few(torch.utils.data.Dataset):
         return self.places[self._at(i)]
 
 
-def padded(rows: Sequence[Any], fill: int, multiple: int = 1, left: bool = False) -> Tensor:
-    """Rows of different lengths as one int64 [B, L], L the longest rounded up to a multiple."""
-    width = -(-max(map(len, rows)) // multiple) * multiple
+def padded(rows: Sequence[Any], fill: int, multiple: int = 1, left: bool = False, most: int | None = None) -> Tensor:
+    """Rows of different lengths as one int64 [B, L], L the longest rounded up to a multiple, but to no more than `most`."""
+    longest = max(map(len, rows))
+    width = max(longest, min(-(-longest // multiple) * multiple, most or 2**31))
     out = np.full((len(rows), width), fill, np.int64)
     for b, row in enumerate(rows):
         begin = width - len(row) if left else 0
@@ -331,9 +341,9 @@ def padded(rows: Sequence[Any], fill: int, multiple: int = 1, left: bool = False
     return torch.from_numpy(out)
 
 
-def inputs_of(rows: Sequence[Any], pad: int, multiple: int = 8, left: bool = False) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, int64 [B, L]."""
-    return {"input_ids": padded(rows, pad, multiple, left), "attention_mask": padded([np.ones(len(r), np.int64) for r in rows], 0, multiple, left)}
+def inputs_of(rows: Sequence[Any], pad: int, multiple: int = 8, left: bool = False, most: int | None = None) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, int64 [B, L], as `padded`; a model has no positions beyond its length."""
+    return {"input_ids": padded(rows, pad, multiple, left, most), "attention_mask": padded([np.ones(len(r), np.int64) for r in rows], 0, multiple, left, most)}
 
 
 def by_length(items: Sequence[T], length: Callable[[T], int], batch: int, work: Callable[[list[T]], Sequence[Any]]) -> list[Any]:
@@ -350,12 +360,3 @@ def batched(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Consecutive slices of at most `size`."""
     for begin in range(0, len(values), size):
         yield values[begin : begin + size]
-
-
-def text_column(record: dict[str, Any], column: str, where: str) -> str:
-    """A column that must hold text with something in it."""
-    text = corpus.field_of(record, column, where)
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: column '{column}' holds {text!r}, expected text")
-    corpus.check_text(text, where)
-    return text

@@ -65,7 +65,9 @@ def _warm_started(backbone: Backbone, pretrained: bool, seed: int) -> PreTrained
         decoder = AutoModelForCausalLM.from_config(config, **models.attention(backbone.length)).float()
         decoder._lmssl_new = frozenset(name for name, _ in decoder.named_parameters())
         with torch.no_grad():
-            decoder.get_input_embeddings().weight.copy_(encoder.get_input_embeddings().weight)
+            ours, theirs = decoder.get_input_embeddings().weight, encoder.get_input_embeddings().weight
+            if ours.shape == theirs.shape:  # ALBERT's are narrower than its layers
+                ours.copy_(theirs)
     vocab = backbone.tokenizer.vocab()
     joint = EncoderDecoderConfig.from_encoder_decoder_configs(encoder.config, decoder.config)
     joint.decoder_start_token_id, joint.pad_token_id, joint.eos_token_id = vocab.start, backbone.pad, vocab.eos
@@ -107,6 +109,8 @@ def prompts(backbone: Backbone, sources: Sequence[str], separator: str, room: in
     """What the model is given before it writes, at most `room` tokens each."""
     begin = np.array(backbone.begin(), np.int32)
     end = backbone.ids([separator])[0] if backbone.family == "decoder" else np.array([backbone.tokenizer.vocab().eos], np.int32)
+    if not len(end):
+        raise UserError(f"task.separator: the tokenizer makes no token of {separator!r}, so nothing would end the source; use a word or a sign")
     if room <= len(begin) + len(end):
         raise UserError(f"data.max_length: {backbone.length} tokens leave no room for a source")
     return [np.concatenate([begin, ids[: room - len(begin) - len(end)], end]) for ids in backbone.ids(sources)]
@@ -120,13 +124,13 @@ def collator(backbone: Backbone, multiple: int) -> Callable[[list[Item]], dict[s
     def collate(items: list[Item]) -> dict[str, Tensor]:
         targets = [item["target"] for item in items]
         if decoder:
-            batch = inputs_of([np.concatenate([item["input_ids"], item["target"]]) for item in items], pad, multiple)
+            batch = inputs_of([np.concatenate([item["input_ids"], item["target"]]) for item in items], pad, multiple, most=backbone.length)
             asked = [np.concatenate([np.full(len(item["input_ids"]) - 1, IGNORE), item["target"], [IGNORE]]) for item in items]
-            labels = padded(asked, IGNORE, multiple).reshape(-1)
+            labels = padded(asked, IGNORE, multiple, most=backbone.length).reshape(-1)
         else:
-            batch = inputs_of([item["input_ids"] for item in items], pad, multiple)
-            batch["decoder_input_ids"] = padded([np.concatenate([[start], t[:-1]]) for t in targets], pad, multiple)
-            labels = padded(targets, IGNORE, multiple).reshape(-1)
+            batch = inputs_of([item["input_ids"] for item in items], pad, multiple, most=backbone.length)
+            batch["decoder_input_ids"] = padded([np.concatenate([[start], t[:-1]]) for t in targets], pad, multiple, most=backbone.length)
+            labels = padded(targets, IGNORE, multiple, most=backbone.length).reshape(-1)
         at = (labels != IGNORE).nonzero().squeeze(-1)
         return batch | {"labels": labels[at], "label_positions": at}
 

@@ -26,7 +26,7 @@ from lmssl import output
 from lmssl.data import corpus
 from lmssl.errors import UserError
 from lmssl.tasks import generation, squad
-from lmssl.tasks.base import Backbone, Example, FewLabels, Item, by_length, inputs_of, padded, text_column
+from lmssl.tasks.base import Backbone, Example, FewLabels, Item, by_length, inputs_of, padded
 from lmssl.tasks.squad import Span, Window
 from lmssl.tokenization import Tokenizer
 
@@ -98,7 +98,7 @@ class QuestionAnswering(FewLabels):
 
     def unlabelled(self, record: dict[str, Any], where: str) -> Question:
         """A record to predict."""
-        return Question(text_column(record, self.context, where), "", where, text_column(record, self.question, where), str(record.get(self.id, where)))
+        return Question(corpus.text_of(record, self.context, where), "", where, corpus.text_of(record, self.question, where), str(record.get(self.id, where)))
 
     def fitted(self, examples: Sequence[Any]) -> QuestionAnswering:
         """`no_answer` decided by the labelled data."""
@@ -144,8 +144,11 @@ class QuestionAnswering(FewLabels):
         pad = backbone.pad
 
         def collate(items: list[Item]) -> dict[str, Tensor]:
-            allowed = padded([item["allowed"] for item in items], 0, multiple).bool()
-            return inputs_of([item["input_ids"] for item in items], pad, multiple) | {"allowed": allowed, "labels": torch.tensor([item["labels"] for item in items])}
+            allowed = padded([item["allowed"] for item in items], 0, multiple, most=backbone.length).bool()
+            return inputs_of([item["input_ids"] for item in items], pad, multiple, most=backbone.length) | {
+                "allowed": allowed,
+                "labels": torch.tensor([item["labels"] for item in items]),
+            }
 
         return collate
 
@@ -157,7 +160,7 @@ class QuestionAnswering(FewLabels):
 
         @torch.no_grad()
         def forward(members: list[Window]) -> list[tuple[list[Span], float]]:
-            inputs = {k: v.to(model.device) for k, v in inputs_of([w.ids for w in members], backbone.pad).items()}
+            inputs = {k: v.to(model.device) for k, v in inputs_of([w.ids for w in members], backbone.pad, most=backbone.length).items()}
             outputs = model(**inputs)
             starts, ends = outputs.start_logits.float().cpu().numpy(), outputs.end_logits.float().cpu().numpy()
             return [squad.candidates(w, s, e, self.n_best, self.longest) for w, s, e in zip(members, starts, ends, strict=True)]
@@ -218,7 +221,10 @@ def _answers(record: dict[str, Any], column: str, context: str, where: str) -> t
             value = json.loads(value)
         except ValueError as error:
             raise UserError(f"{where}: column '{column}' holds text that is not JSON: {error}") from None
-    if record.get("is_impossible"):
+    impossible = str(record.get("is_impossible") or "false").lower()
+    if impossible not in ("true", "1", "false", "0"):
+        raise UserError(f"{where}: column 'is_impossible' holds {record['is_impossible']!r}, expected true or false")
+    if impossible in ("true", "1"):
         return ()
     if isinstance(value, dict):
         texts, starts = value.get("text"), value.get("answer_start")

@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lmssl.data import corpus
 from lmssl.errors import UserError
-from lmssl.tasks.base import Backbone, Example, FewLabels, Item, by_length, inputs_of, text_column
+from lmssl.tasks.base import Backbone, Example, FewLabels, Item, by_length, inputs_of
 from lmssl.tokenization import Tokenizer
 
 
@@ -88,7 +88,7 @@ class Sentiment(FewLabels):
 
     def unlabelled(self, record: dict[str, Any], where: str) -> Labelled:
         """A record to predict."""
-        return Labelled(text_column(record, self.text_a or self.text, where), "", where, text_column(record, self.text_b, where) if self.text_b else None)
+        return Labelled(corpus.text_of(record, self.text_a or self.text, where), "", where, corpus.text_of(record, self.text_b, where) if self.text_b else None)
 
     def model(self, backbone: Backbone, pretrained: bool, seed: int) -> PreTrainedModel:
         """The classifier; the head is drawn from the seed for both inits. Class names stand in its configuration."""
@@ -125,7 +125,7 @@ class Sentiment(FewLabels):
         pad = backbone.pad
 
         def collate(items: list[Item]) -> dict[str, Tensor]:
-            return inputs_of([item["input_ids"] for item in items], pad, multiple) | {"labels": torch.tensor([item["label"] for item in items])}
+            return inputs_of([item["input_ids"] for item in items], pad, multiple, most=backbone.length) | {"labels": torch.tensor([item["label"] for item in items])}
 
         return collate
 

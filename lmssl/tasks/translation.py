@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lmssl.data import corpus
 from lmssl.errors import UserError
 from lmssl.tasks import generation
-from lmssl.tasks.base import Backbone, Example, FewLabels, Item, text_column
+from lmssl.tasks.base import Backbone, Example, FewLabels, Item
 from lmssl.tokenization import Tokenizer
 
 
@@ -60,6 +60,8 @@ class Translation(FewLabels):
         super().__post_init__()
         if self.beams < 1:
             raise ValueError(f"beams={self.beams} must be at least 1")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1, or left out")
         if self.method == "probe":
             raise ValueError("method=probe: a frozen model cannot learn to write; use full or lora")
 
@@ -68,13 +70,13 @@ class Translation(FewLabels):
         found: dict[str, Pair] = {}
         for source in sources:
             for record, where in corpus.records(source):
-                pair = Pair(text_column(record, self.source, where), "", where, text_column(record, self.target, where))
+                pair = Pair(corpus.text_of(record, self.source, where), "", where, corpus.text_of(record, self.target, where))
                 found.setdefault(pair.text, pair)
         return list(found.values())
 
     def unlabelled(self, record: dict[str, Any], where: str) -> Pair:
         """A record to predict."""
-        return Pair(text_column(record, self.source, where), "", where)
+        return Pair(corpus.text_of(record, self.source, where), "", where)
 
     def writes(self, backbone: Backbone) -> bool:
         return True
@@ -102,11 +104,10 @@ class Translation(FewLabels):
         return [{"translation": text} for text in self.predict(model, backbone, examples, batch)]
 
     def write_outputs(self, folder: Path, name: str, examples: Sequence[Any], outputs: Sequence[str]) -> None:
-        """The translations, and once the sources and references, a line each."""
+        """The translations, and beside them the sources and references, a line each."""
         super().write_outputs(folder, name, examples, outputs)
-        if not (folder / "references.txt").exists():
-            super().write_outputs(folder, "sources", examples, [" ".join(e.text.split()) for e in examples])
-            super().write_outputs(folder, "references", examples, [" ".join(e.target.split()) for e in examples])
+        super().write_outputs(folder, "sources", examples, [" ".join(e.text.split()) for e in examples])
+        super().write_outputs(folder, "references", examples, [" ".join(e.target.split()) for e in examples])
 
     def finish(self, backbone: Backbone, model: PreTrainedModel) -> Tokenizer:
         decoder = backbone.family == "decoder"
