@@ -38,7 +38,7 @@ OWNED_BY_TASKS = OWNED | {
 }
 """The same for fine-tuning."""
 
-OURS = {"optimizer": Literal["adamw", "muon"], "on_spike": Literal["warn", "stop"], "worker_timeout": float}
+OURS = {"optimizer": Literal["adamw", "muon"], "on_spike": Literal["ignore", "warn", "stop"], "worker_timeout": float}
 """Fields beside those of TrainingArguments (see lmssl.trainer.ExactTrainer)."""
 
 POSITIVE = (
@@ -173,10 +173,13 @@ def pretrain_defaults() -> dict[str, Any]:
 
 
 def finetune_defaults() -> dict[str, Any]:
-    """What an unset trainer field is in fine-tuning; the number of steps follows from the number of labels."""
+    """What an unset trainer field is in fine-tuning; the number of steps follows from the number of labels.
+
+    A run that knows its few examples by heart has tiny gradients but for the odd one, so a spike says nothing there.
+    """
     return {
         "optimizer": "adamw",
-        "on_spike": "warn",
+        "on_spike": "ignore",
         "worker_timeout": 300.0,
         "learning_rate": 5e-4,
         "lr_scheduler_type": "linear",

@@ -51,7 +51,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         optimizer: "adamw" (TrainingArguments' `optim`) or "muon".
         identity: what a resumed run must find unchanged.
         quiet: no progress.
-        on_spike: "warn" of a gradient that is `SPIKE` times the usual, or "stop" before it is applied.
+        on_spike: "warn" of a gradient that is `SPIKE` times the usual, "stop" before it is applied, or "ignore" it.
         worker_timeout: seconds without a batch after which a data worker counts as hanging.
     """
 

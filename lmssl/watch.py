@@ -86,7 +86,7 @@ class Guard(TrainerCallback):
         size = float(norm)
         usual = statistics.median(self.norms) if len(self.norms) >= 16 else math.inf
         self.norms.append(size)
-        if size > SPIKE * usual:
+        if size > SPIKE * usual and self.trainer.on_spike != "ignore":
             what = f"the gradient of {self._step(state)} is {size / usual:.0f} times the usual ({size:.3g} against {usual:.3g})"
             if self.trainer.on_spike == "stop":
                 raise self.trainer.stopped(f"{what}; no update was made; {self._replay(state)}", Diverged)
