@@ -88,11 +88,26 @@ class PretrainRecipe:
         """The tokenizer, completed where a checkpoint is continued that lacks what the objective needs."""
         source = self.data.tokenizer or str(self.model["from"])
         tokenizer = tokenization.load(source)
+        if self.data.tokenizer and "from" in self.model:
+            _check_same_ids(tokenizer, str(self.model["from"]))
         lacks = "mask" not in tokenizer.roles or not tokenizer.sentinels
         if "from" in self.model and lacks and make(self.objective).needs:
             added = tokenizer.complete()
             log.info("data.tokenizer: %s lacked special tokens; added %d: %s ...", source, len(added), ", ".join(added[:3]))
         return tokenizer
+
+
+def _check_same_ids(tokenizer: Tokenizer, checkpoint: str) -> None:
+    """Refuse to continue a checkpoint with a tokenizer whose ids mean other tokens; one that only adds some will do."""
+    if not any((Path(checkpoint) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return  # a checkpoint without its tokenizer, or one on the hub
+    own, other = tokenization.load(checkpoint).backend.get_vocab(), tokenizer.backend.get_vocab()
+    changed = [token for token, i in own.items() if other.get(token) != i]
+    if changed:
+        raise UserError(
+            f"data.tokenizer: {tokenizer.source} gives other ids than the tokenizer of {checkpoint} to {len(changed):,} of its {len(own):,} tokens "
+            f"({changed[0]!r}: {other.get(changed[0], 'none')} instead of {own[changed[0]]}); leave data.tokenizer out"
+        )
 
 
 @dataclass(frozen=True)
@@ -334,6 +349,8 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
     out = Path(values["output_dir"])
     first = int(os.environ.get("RANK", 0)) == 0
     present = [p for p in (out / "metrics.json", out / ledger.NAME, out / "recipe.yaml", out / "checkpoints", out / "predictions") if p.exists()]
+    if out.resolve() == Path(recipe.source).resolve():
+        raise UserError(f"trainer.output_dir: {out} is the backbone in model.from, which it would overwrite; name another folder")
     if present and not (resume or overwrite):
         raise UserError(f"trainer.output_dir: {out} holds a run ({present[0].name}); --resume continues it, --overwrite begins anew")
     runs = curve_of(recipe, values, quiet)
@@ -435,7 +452,8 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     values = held_out(model, stream, Collator(objective, data.seq_length, family, vocab.pad), batch)
     if not values["labels"]:
         raise UserError(f"data.text: {sections['objective']['name']} asks for no token of this text; it is too short to measure anything")
-    metrics = (output.read_json(folder / "metrics.json") or {}) | {"held_out": result(values) | {"text": "held out" if own_text else data.text}}
+    found = {"held_out": result(values) | {"text": "held out"}} if own_text else {"other_text": result(values) | {"text": data.text}}
+    metrics = (output.read_json(folder / "metrics.json") or {}) | found
     if folder.is_dir():
         output.write_json(folder / "metrics.json", metrics)
     return metrics

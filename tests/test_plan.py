@@ -63,6 +63,31 @@ def test_plan_answers_with_a_recipe_that_runs(recipe, tmp_path, capsys):
     assert run(["plan", str(recipe), "--minutes", "1", "--out", str(made)]) == 2
 
 
+def test_a_checkpoint_is_not_continued_with_another_tokenizer(recipe, corpus_file, tmp_path, capsys):
+    """Its rows of embeddings would mean other tokens. Nor is it overwritten by what is fine-tuned from it."""
+    assert run(["pretrain", str(recipe), "trainer.max_steps=2"]) == 0
+    assert run(["tokenizer", str(corpus_file), "--out", str(tmp_path / "other"), "--size", "420"]) == 0
+    own = tmp_path / "run"
+    sections = config.load(recipe, (), PRETRAIN) | {"model": {"from": str(own)}}
+    recipe.write_text(config.dump(sections | {"trainer": {"output_dir": str(tmp_path / "on"), "max_steps": 1}}))
+    capsys.readouterr()
+    assert run(["pretrain", str(recipe), f"data.tokenizer={tmp_path / 'other'}"]) == 2
+    assert "gives other ids than the tokenizer of" in capsys.readouterr().err
+    assert run(["pretrain", str(recipe)]) == 0, capsys.readouterr().err  # bpe-8k, its own
+    assert run(["finetune", "recipes/finetune/quickstart.yaml", f"data.train={corpus_file}", f"model.from={own}", f"trainer.output_dir={own}", "--overwrite"]) == 2
+    assert "is the backbone in model.from" in capsys.readouterr().err
+
+
+def test_evaluating_other_text_keeps_the_runs_own_figure(recipe, corpus_file, tmp_path):
+    assert run(["pretrain", str(recipe), "trainer.max_steps=2"]) == 0
+    path = tmp_path / "run" / "metrics.json"
+    before = json.loads(path.read_text())["held_out"]
+    assert run(["evaluate", str(tmp_path / "run"), f"data.text={corpus_file}"]) == 0
+    after = json.loads(path.read_text())
+    assert after["held_out"] == before
+    assert after["other_text"]["text"] == str(corpus_file)
+
+
 def test_dry_run_of_a_label_curve(recipe, corpus_file, tmp_path, capsys):
     assert run(["pretrain", str(recipe), "trainer.max_steps=2"]) == 0
     out = tmp_path / "curve"
