@@ -276,8 +276,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         right, mean = 100 * found["accuracy"], 100 * found["mean_by_phenomenon"]
         print(f"{right:.2f}% of {found['pairs']:,} minimal pairs right ({found['ties']} ties counted as half); mean of the phenomena {mean:.2f}%")
         return
-    metrics = recipe.evaluate(options.recipe, options.overrides)
-    held = metrics["other_text" if any(o.startswith("data.text=") for o in options.overrides) else "held_out"]
+    held = recipe.evaluate(options.recipe, options.overrides)["held_out"]
     print(f"held-out loss {held['loss']:.6f}, {held['bits_per_byte']:.6f} bits per byte")
 
 

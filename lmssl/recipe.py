@@ -452,8 +452,7 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     values = held_out(model, stream, Collator(objective, data.seq_length, family, vocab.pad), batch)
     if not values["labels"]:
         raise UserError(f"data.text: {sections['objective']['name']} asks for no token of this text; it is too short to measure anything")
-    found = {"held_out": result(values) | {"text": "held out"}} if own_text else {"other_text": result(values) | {"text": data.text}}
-    metrics = (output.read_json(folder / "metrics.json") or {}) | found
+    metrics = (output.read_json(folder / "metrics.json") or {}) | {"held_out": result(values) | {"text": "held out" if own_text else data.text}}
     if folder.is_dir():
         output.write_json(folder / "metrics.json", metrics)
     return metrics

@@ -78,16 +78,6 @@ def test_a_checkpoint_is_not_continued_with_another_tokenizer(recipe, corpus_fil
     assert "is the backbone in model.from" in capsys.readouterr().err
 
 
-def test_evaluating_other_text_keeps_the_runs_own_figure(recipe, corpus_file, tmp_path):
-    assert run(["pretrain", str(recipe), "trainer.max_steps=2"]) == 0
-    path = tmp_path / "run" / "metrics.json"
-    before = json.loads(path.read_text())["held_out"]
-    assert run(["evaluate", str(tmp_path / "run"), f"data.text={corpus_file}"]) == 0
-    after = json.loads(path.read_text())
-    assert after["held_out"] == before
-    assert after["other_text"]["text"] == str(corpus_file)
-
-
 def test_dry_run_of_a_label_curve(recipe, corpus_file, tmp_path, capsys):
     assert run(["pretrain", str(recipe), "trainer.max_steps=2"]) == 0
     out = tmp_path / "curve"
