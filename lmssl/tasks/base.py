@@ -299,7 +299,8 @@ def split_validation(labels: Sequence[str], share: float) -> tuple[list[int], li
         if int((before + 1) * share + 1e-9) > int(before * share + 1e-9):
             held.append(place)
     held = held or [len(labels) - 1]
-    return [i for i in range(len(labels)) if i not in set(held)], held
+    out = set(held)
+    return [i for i in range(len(labels)) if i not in out], held
 
 
 class Few(torch.utils.data.Dataset):
