@@ -39,8 +39,8 @@ drills: $(VENV)/.installed ## the fifteen reliability drills, lmssl and stock, r
 drills-full: $(VENV)/.installed ## the same at the counts of docs/reliability.md
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drills --full
 
-bench: $(VENV)/.installed ## corruption, stream and step times on this machine
-	$(BIN)/python -m tests.bench.objectives
+bench: $(VENV)/.installed ## the quick benches, ours and stock in turns; rewrites the table of docs/performance.md
+	$(BIN)/python -m tests.bench
 
 clean: ## remove environments and caches, keep runs
 	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

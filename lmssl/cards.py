@@ -18,7 +18,8 @@ print(classify({text}, truncation=True))""",
     "translation": """\
 from transformers import {auto}, AutoTokenizer
 model, tokenizer = {auto}.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")
-print(tokenizer.batch_decode(model.generate(**tokenizer([{text}], return_tensors="pt")), skip_special_tokens=True))""",
+inputs = tokenizer([{text}], return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**inputs){new}, skip_special_tokens=True))""",
     "qa": """\
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 model, tokenizer = AutoModelForQuestionAnswering.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")
@@ -108,4 +109,4 @@ def use(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
             if metrics["task"] == "translation"
             else repr(f"The question?{separator}The text with the answer." + (separator if decoder else ""))
         )
-    return USES[task].format(folder=folder, text=text, auto=auto)
+    return USES[task].format(folder=folder, text=text, auto=auto, new='[:, inputs["input_ids"].shape[1] :]' if decoder else "")

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lmssl.errors import UserError
+from lmssl.errors import UserError, did_you_mean
 
 MANIFEST = "lmssl-manifest.json"
 KEEP = 2
@@ -273,3 +273,10 @@ def rotate(root: Path, known_good: set[str], keep: int = KEEP) -> None:
             continue
     for leftover in (*root.glob(".old-checkpoint-*"), *root.glob(".staging-*")):
         remove(leftover)
+
+
+def check_accepted(accept: Collection[str], known: Collection[str]) -> None:
+    """Refuse `--accept KEY` of a key that no run is compared by."""
+    for key in accept:
+        if key not in known:
+            raise UserError(f"--accept: nothing is called '{key}'; {did_you_mean(key, known)}")

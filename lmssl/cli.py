@@ -53,15 +53,17 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", help="file to write the recipe to instead of standard output")
     sub = verb("pretrain", _pretrain, "Pretrain a backbone on unlabelled text.", "RECIPE")
     sub.add_argument("--dry-run", action="store_true", help="run a few steps, print what the whole run will cost, leave nothing")
-    sub.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint")
-    sub.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
+    either = sub.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint")
+    either.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
     sub.add_argument("--accept", action="append", default=[], metavar="KEY", help="resume although KEY (seed, batch, data, ...) changed")
     sub = verb("finetune", _finetune, "Fine-tune on few labels, beside the same model from scratch.", "RECIPE")
     sub.add_argument("--dry-run", action="store_true", help="run a few steps, print what the whole curve will cost, leave nothing")
-    sub.add_argument("--resume", action="store_true", help="keep the finished runs of the folder and go on with the others")
+    either = sub.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="keep the finished runs of the folder and go on with the others")
+    either.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
     sub.add_argument("--accept", action="append", default=[], metavar="KEY", help="resume although KEY (trainer.learning_rate, data.test, ...) changed")
-    sub.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
-    sub = verb("predict", _predict, "Predictions of a fine-tuned checkpoint, a JSON object a line.", "CHECKPOINT")
+    sub = verb("predict", _predict, "Predictions of a fine-tuned checkpoint for files or, where none is named, standard input; a JSON object a line.", "CHECKPOINT")
     sub.add_argument("--task", help="sentiment, translation or qa; read from the checkpoint's recipe.yaml where there is one")
     sub.add_argument("--out", help="file to write instead of standard output")
     sub.add_argument("--batch", type=int, default=32, help="inputs at a time, default 32")
@@ -155,6 +157,8 @@ def _tokenizer(options: argparse.Namespace) -> None:
 
     if bool(options.source) == bool(options.text):
         raise UserError("tokenizer: give text to train on, or --from FOLDER to complete an existing tokenizer")
+    if not 0 <= options.held_out < 1:
+        raise UserError(f"--held-out: {options.held_out} must be a fraction of 0 or more, below 1")
     if (Path(options.out) / "tokenizer.json").exists():
         raise UserError(f"--out: {options.out} holds a tokenizer already")
     if options.source:
@@ -201,8 +205,8 @@ def _plan(options: argparse.Namespace) -> None:
     from lmssl import config, plan
     from lmssl.recipe import PretrainRecipe
 
-    if not 0 < options.minutes < 10**6:
-        raise UserError(f"--minutes: {options.minutes} must be above 0")
+    if not 0 < options.minutes <= 10**6:
+        raise UserError(f"--minutes: {options.minutes:g} must be above 0 and at most {10**6:,}")
     out = Path(options.out) if options.out else None
     if out and out.exists():
         raise UserError(f"--out: {out} is there already")

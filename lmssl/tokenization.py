@@ -81,6 +81,14 @@ class Tokenizer:
                 return [np.concatenate([bos, ids, eos]).astype(np.int32) for ids in byte_pairs.encode(self._fast, texts)]
         return [np.array(bos + e.ids + eos, np.int32) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def template(self, text: str) -> np.ndarray:
+        """Ids of a text of the user's own, not of data: special tokens spelt in it are special tokens. int32 [n]."""
+        self.backend.encode_special_tokens = False
+        try:
+            return np.array(self.backend.encode(text, add_special_tokens=False).ids, np.int32)
+        finally:
+            self.backend.encode_special_tokens = True
+
     def spans(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids of each text, without bos and eos, and the characters that each token stands for.
 

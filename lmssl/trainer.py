@@ -233,6 +233,14 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             self._hashes.begin(Path(output_dir))
         super()._save_optimizer_and_scheduler(output_dir)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if checkpoint and isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            # Of this run's schedule, which may be longer than the saved one: at that one's end the rate is 0.
+            for group, rate, factor in zip(self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                group["lr"] = rate * factor(schedule.last_epoch)
+
     def _seal(self, staged: Path, facts: dict[str, Any]) -> None:
         root = staged.parent.parent
         try:
@@ -296,6 +304,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
                 the difference is named in `accept`.
         """
         root = Path(self.args.output_dir)
+        checkpoints.check_accepted(accept, self.identity)
         path, manifest, rejected = checkpoints.newest(root, self._fits)
         for reason in rejected:
             log.warning("passed over: %s", reason)

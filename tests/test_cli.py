@@ -118,6 +118,8 @@ def test_tokenizer_verb(corpus_file, tmp_path, capsys):
     assert "460 ids" in capsys.readouterr().out
     assert run(["tokenizer", str(corpus_file), "--out", str(tmp_path / "t")]) == 2
     assert "holds a tokenizer already" in capsys.readouterr().err
+    assert run(["tokenizer", str(corpus_file), "--out", str(tmp_path / "v"), "--held-out", "1.5"]) == 2
+    assert "--held-out: 1.5 must be" in capsys.readouterr().err
     assert run(["tokenizer", "--from", str(tmp_path / "t"), "--out", str(tmp_path / "u")]) == 0
     assert "added 0" in capsys.readouterr().out
 

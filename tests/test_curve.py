@@ -88,6 +88,10 @@ def test_cell(task, family, data, backbones, tmp_path):
     card = (out / "README.md").read_text()
     exec(card.split("```python\n")[1].split("```")[0].replace("print(", "shown = ("), namespace)
     assert "shown" in namespace
+    if task == "translation":
+        (tmp_path / "one.jsonl").write_text(json.dumps({"source": "A text to work on."}))
+        (row,) = predict(str(out), [str(tmp_path / "one.jsonl")])
+        assert [" ".join(text.split()) for text in namespace["shown"]] == [row["translation"]], "no prompt, and as many tokens as the recipe says"
 
 
 def test_learning_rates_are_chosen_on_the_few_labels_alone(data, backbones, tmp_path, monkeypatch):

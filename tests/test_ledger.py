@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -104,6 +105,17 @@ def test_a_damaged_checkpoint_begins_that_run_anew(sections, whole, tmp_path, mo
     assert "this run begins anew" in caplog.text
 
 
+def test_weights_that_cannot_be_loaded_are_refused_before_the_twin_trains(sections, tmp_path, monkeypatch):
+    values = sections(tmp_path / "out", learning_rates=[])
+    shutil.copytree(values["model"]["from"], tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    seen = kill_at(monkeypatch, 0)
+    with pytest.raises(UserError, match="the weights cannot be loaded"):
+        finetune(FinetuneRecipe.of(values | {"model": {"from": str(tmp_path / "broken")}}), quiet=True)
+    assert not seen
+
+
 def test_more_seeds_add_runs(sections, whole, tmp_path, monkeypatch):
     finetune(FinetuneRecipe.of(sections(tmp_path, seeds=1)), quiet=True)
     seen = kill_at(monkeypatch, 0)
@@ -119,6 +131,8 @@ def test_changes_are_refused(sections, tmp_path):
     with pytest.raises(UserError, match=r"--resume: trainer.learning_rate changed: the finished runs have 0.0005, this recipe 0.002; --accept trainer.learning_rate goes on"):
         finetune(changed, resume=True, quiet=True)
     assert len(finetune(changed, resume=True, accept=("trainer.learning_rate",), quiet=True)["results"]) == 4
+    with pytest.raises(UserError, match=r"--accept: nothing is called 'trainer.learning_rat'; did you mean 'trainer.learning_rate'"):
+        finetune(changed, resume=True, accept=("trainer.learning_rat",), quiet=True)
     text = (tmp_path / "progress.json").read_text()
     (tmp_path / "progress.json").write_text(text.replace('"score": 0', '"score": 1', 1))
     with pytest.raises(UserError, match=r"progress.json differs from its own sha256; --overwrite begins anew"):

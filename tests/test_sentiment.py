@@ -73,6 +73,16 @@ def test_a_cue_stands_behind_every_text_and_is_never_cut(backbones):
             assert len(row) <= backbone.length
 
 
+def test_a_cue_may_name_special_tokens_and_a_text_may_not(backbones):
+    """The sentinel in a cue is the token that spans were replaced by; spelt in a review it is text. plain transformers reads the cue so too."""
+    backbone, made = backbones["encoder-decoder"], tokenizer()
+    sentinel = made.backend.token_to_id("<extra_id_0>")
+    (row,) = ids_of(Sentiment(cue=" It was<extra_id_0>"), backbone, Labelled("<extra_id_0>", "1", ""))
+    assert row[-2:] == [sentinel, made.id("eos")]
+    assert row.count(sentinel) == 1
+    assert made.encode(["<extra_id_0>"])[0].tolist().count(sentinel) == 0, "the tokenizer is as it was"
+
+
 def test_encode_pairs(backbones):
     """bos a eos b eos; of a pair that is too long the longer text is cut first."""
     made, task = tokenizer(), Sentiment(text_a="a", text_b="b", keep="start")
@@ -222,6 +232,7 @@ def test_macro_f1_equals_scikit_learn():
         ({"task": {"label": "review"}}, "labels cannot hold one example"),
         ({"data": {"max_length": 9999}}, "the backbone has 32 positions"),
         ({"data": {"test": 1000}}, "leave some to train on"),
+        ({"data": {"test": "THE SAME"}}, "holds every example of data.train"),
         ({"model": {"from": "nowhere/at/all"}}, "no checkpoint folder"),
         ({"model": {"form": "x"}}, "did you mean 'from'"),
     ],
@@ -237,6 +248,6 @@ def test_refusals(change, message, easy, shared_dir, tmp_path):
         "trainer": {"output_dir": str(tmp_path / "out"), "max_steps": 1},
     }
     for section, values in change.items():
-        sections[section] |= values
+        sections[section] |= {k: str(easy) if v == "THE SAME" else v for k, v in values.items()}
     with pytest.raises(UserError, match=message):
         finetune(FinetuneRecipe.of(sections), quiet=True)

@@ -1,6 +1,7 @@
 """Resume to the same bits, stop before a NaN, save on a signal, learn."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -84,6 +85,26 @@ def test_resume_refuses_another_run(key, shared_dir, tmp_path):
     with pytest.raises(UserError, match=f"{key} changed: .*--accept {key}"):
         other.resume_point()
     assert other.resume_point((key,)).name == "checkpoint-2"
+    with pytest.raises(UserError, match="--accept: nothing is called 'sed'; did you mean 'seed'"):
+        other.resume_point((key, "sed"))
+
+
+def test_a_longer_run_goes_on_at_the_rate_of_its_own_schedule(shared_dir, tmp_path):
+    """A cosine that has come to its end has the rate 0; the first step behind it must not."""
+    tokens, rates = token_set(shared_dir), []
+    keys = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "cosine"}
+    trainer_of("bert", tokens, tmp_path, max_steps=4, **keys).run()
+    longer = trainer_of("bert", tokens, tmp_path, max_steps=8, **keys)
+
+    class Rates(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    longer.add_callback(Rates())
+    longer.run(longer.resume_point())
+    assert len(rates) == 4
+    expected = [longer.args.learning_rate * 0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(4, 8)]
+    assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

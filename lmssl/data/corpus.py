@@ -189,7 +189,7 @@ def documents(sources: Iterable[Source], on_bytes: Callable[[int], None] | None 
         before, good = bad.count, 0
         for record, where in records(source, on_bytes, bad):
             try:
-                value = field_of(record, column, where)
+                value = field_of(record, column, where, "another column: FILE::COLUMN; no header: FILE::#")
                 if not isinstance(value, str):
                     raise UserError(f"{where}: column '{column}' holds {_type(value)}, expected text")
                 check_text(value, where)
@@ -204,10 +204,10 @@ def documents(sources: Iterable[Source], on_bytes: Callable[[int], None] | None 
             raise UserError(f"{source.path}: none of its {bad.count - before} records can be read, so none is skipped; {bad.first[-1]}")
 
 
-def field_of(record: dict[str, Any], column: str, where: str) -> Any:
-    """One column of a record, refused with a suggestion where it is missing."""
+def field_of(record: dict[str, Any], column: str, where: str, hint: str = "the task section names the columns; no header: FILE::#") -> Any:
+    """One column of a record, refused with a suggestion and a hint where it is missing."""
     if column not in record:
-        raise UserError(f"{where}: no column '{column}'; {did_you_mean(column, map(str, record))} (another column: FILE::COLUMN; no header: FILE::#)")
+        raise UserError(f"{where}: no column '{column}'; {did_you_mean(column, map(str, record))} ({hint})")
     return record[column]
 
 

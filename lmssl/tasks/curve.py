@@ -13,6 +13,7 @@ import logging
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,16 @@ def labelled(task: Task, train: str | list[str], test: float | str | list[str]) 
         return split_test(examples, test)
     held = task.read(corpus.resolve(test, "data.test"))
     known = {content_hash(e.text) for e in held}
-    return [e for e in examples if content_hash(e.text) not in known], held
+    left = [e for e in examples if content_hash(e.text) not in known]
+    if examples and not left:
+        raise UserError("data.test: holds every example of data.train; nothing is left to train on (a share of data.train: data.test=0.1)")
+    return left, held
+
+
+def counted(examples: Sequence[Any]) -> str:
+    """How many examples there are, and of which classes."""
+    classes = Counter(e.label for e in examples if e.label)
+    return f"{len(examples):,} examples" + (f" ({', '.join(f'{name}: {count:,}' for name, count in sorted(classes.items())[:10])})" if classes else "")
 
 
 def check(task: Task, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
@@ -145,6 +155,8 @@ class Curve:
         missing = [run for run in todo if not ledger.result(**vars(run))]
         if len(missing) < len(todo) and not self.quiet:
             log.info("%d of %d runs are finished", len(todo) - len(missing), len(todo))
+        if missing:
+            self.task.model(self.backbone, True, 0)  # weights that cannot be loaded are refused before the twin has trained
         self._started = time.time()
         self.begun = self._started - ledger.seconds
         for number, run in enumerate(missing):

@@ -34,22 +34,23 @@ from lmssl.tasks.base import Backbone, Item, by_length, inputs_of, padded
 from lmssl.tokenization import Tokenizer
 
 
-def model(backbone: Backbone, pretrained: bool, seed: int, beams: int) -> PreTrainedModel:
+def model(backbone: Backbone, pretrained: bool, seed: int, beams: int, longest: int | None = None) -> PreTrainedModel:
     """The model that writes, of either init, prepared so that the vocabulary is projected at labels alone."""
     if backbone.family == "encoder":
         made = _warm_started(backbone, pretrained, seed)
     else:
         made = backbone.build(models.AUTO[backbone.family], pretrained, seed)
-    made.generation_config = generation_config(backbone, made, beams)
+    made.generation_config = generation_config(backbone, made, beams, longest)
     return models.prepare(made)
 
 
-def generation_config(backbone: Backbone, made: PreTrainedModel, beams: int) -> GenerationConfig:
-    """Beam search with the tokenizer's special ids; saved with the model."""
+def generation_config(backbone: Backbone, made: PreTrainedModel, beams: int, longest: int | None = None) -> GenerationConfig:
+    """Beam search with the tokenizer's special ids; saved with the model. At most `longest` tokens, and no more than the positions leave."""
     vocab = backbone.tokenizer.vocab()
     start = None if backbone.family == "decoder" else made.config.decoder_start_token_id
+    most = backbone.length // 2 if start is None else backbone.length - 1
     return GenerationConfig(
-        num_beams=beams, do_sample=False, early_stopping=beams > 1, max_new_tokens=backbone.length // 2 if start is None else backbone.length - 1,
+        num_beams=beams, do_sample=False, early_stopping=beams > 1, max_new_tokens=min(longest or most, most),
         pad_token_id=backbone.pad, bos_token_id=vocab.bos, eos_token_id=vocab.eos, decoder_start_token_id=start,
     )  # fmt: skip
 
@@ -153,8 +154,7 @@ def generate(made: PreTrainedModel, backbone: Backbone, sources: Sequence[str], 
     made.eval()
     decoder = backbone.family == "decoder"
     rows = prompts(backbone, sources, separator, backbone.length // 2 if decoder else backbone.length)
-    settings = generation_config(backbone, made, beams)
-    settings.max_new_tokens = min(longest or settings.max_new_tokens, settings.max_new_tokens)
+    settings = generation_config(backbone, made, beams, longest)
 
     def write(members: list[np.ndarray]) -> list[str]:
         inputs = {k: v.to(made.device) for k, v in inputs_of(members, backbone.pad, 1, left=decoder).items()}

@@ -71,6 +71,7 @@ class Ledger:
             found = checkpoints.read_signed(self.path)
         except checkpoints.Damaged as error:
             raise UserError(f"--resume: {error}; --overwrite begins anew") from None
+        checkpoints.check_accepted(accept, {*found["identity"], *self.identity})
         for key in sorted({*found["identity"], *self.identity} - set(accept)):
             then, now = found["identity"].get(key), self.identity.get(key)
             if then != now:

@@ -113,7 +113,7 @@ class QuestionAnswering(FewLabels):
 
     def model(self, backbone: Backbone, pretrained: bool, seed: int) -> PreTrainedModel:
         if self.writes(backbone):
-            return generation.model(backbone, pretrained, seed, self.beams)
+            return generation.model(backbone, pretrained, seed, self.beams, self.longest)
         return prepare_spans(backbone.build(AutoModelForQuestionAnswering, pretrained, seed))
 
     def windows(self, backbone: Backbone, examples: Sequence[Any]) -> list[list[Window]]:

@@ -62,8 +62,9 @@ class Sentiment(FewLabels):
     keep: Literal["start", "end"] = "end"
     """Which part of a long text is kept."""
     cue: str = ""
-    """Text put behind every input, for example " Overall, this film was". What a decoder's head reads is the state that
-    predicts the next token; a cue makes the next token the one in question (compare Schick and Schuetze 2020, 2001.07676)."""
+    """Text put behind every input, for example " Overall, this film was"; special tokens may stand in it. What a decoder's head
+    reads is the state that predicts the next token; a cue makes the next token the one in question (compare Schick and
+    Schuetze 2020, 2001.07676). T5's head reads the decoder's last state: let the cue end with the sentinel <extra_id_0>."""
 
     name: ClassVar[str] = "sentiment"
     metric: ClassVar[str] = "accuracy"
@@ -102,7 +103,7 @@ class Sentiment(FewLabels):
         """Token ids cut to the backbone's length, and the class number (0 where there is none)."""
         begin = np.array(backbone.begin(), np.int32)
         eos = np.array([backbone.tokenizer.id("eos")], np.int32)
-        end = np.concatenate([*backbone.ids([self.cue] if self.cue else []), eos[:0] if backbone.family == "decoder" else eos])
+        end = np.concatenate([backbone.tokenizer.template(self.cue), eos[:0] if backbone.family == "decoder" else eos])
         numbers = {name: i for i, name in enumerate(backbone.classes)}
         seconds: list[Any] = [None] * len(examples)
         if self.text_b:

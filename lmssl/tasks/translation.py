@@ -82,7 +82,7 @@ class Translation(FewLabels):
         return True
 
     def model(self, backbone: Backbone, pretrained: bool, seed: int) -> PreTrainedModel:
-        return generation.model(backbone, pretrained, seed, self.beams)
+        return generation.model(backbone, pretrained, seed, self.beams, self.max_new_tokens)
 
     def encode(self, backbone: Backbone, examples: Sequence[Any]) -> list[list[Item]]:
         return [[item] for item in generation.encode(backbone, [e.text for e in examples], [e.target for e in examples], self.separator)]
