@@ -35,7 +35,7 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         verb, path = ("finetune", finetuning(folder, whole, out)) if tuning else ("pretrain", recipe(folder, "span_corruption", out, max_steps=STEPS, save_steps=1000))
         child = Child(command(verb, path), folder)
         if tuning:
-            child.until("1 of 4" if draw.random() < 0.5 else "examples to train on")
+            child.until("1 of 4" if draw.random() < 0.5 else "to train on:")
             time.sleep(0.2 + draw.random() * 0.15)
         else:
             child.until(f"step {draw.randint(1, STEPS - 3)}/")

@@ -1,4 +1,4 @@
-"""R10: seventy files that are not what they claim to be, each through `lmssl prepare`: one line with file and line, or a
+"""R10: files that are not what they claim to be, each through `lmssl prepare`: one line with file and line, or a
 documented rule; no traceback, under 2 s of processor time and 300 MB, and neither torch nor transformers imported."""
 
 import gzip
