@@ -6,7 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+USUAL, LARGE = 0.02, 0.5
+"""Root mean square of embeddings as most architectures draw them, and from where on they count as drawn from N(0, 1)."""
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -53,8 +56,13 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
 
-def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: matrices inside the model for Muon; embeddings and projection, and all vectors, for AdamW."""
+def muon_groups(model: nn.Module, weight_decay: float, lr: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices inside the model for Muon; embeddings and projection, and all vectors, for AdamW.
+
+    T5 draws its embeddings from N(0, 1), 50 times the usual size, and was trained by steps relative to the size of what
+    they change (Adafactor; Shazeer and Stern 2018, 1804.04235, section 8). Such a matrix gets a learning rate larger by as much, and
+    a weight decay smaller by as much.
+    """
     outer = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     outer |= {id(p) for p in head.parameters()} if head is not None else set()
@@ -64,7 +72,15 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     vectors = [p for p in trained if p.ndim < 2]
     groups = [
         {"params": inner, "muon": True, "weight_decay": weight_decay},
-        {"params": embeddings, "muon": False, "weight_decay": weight_decay},
+        {"params": [p for p in embeddings if _size(p) < LARGE], "muon": False, "weight_decay": weight_decay},
         {"params": vectors, "muon": False, "weight_decay": 0.0},
     ]
+    for p in embeddings:
+        if (size := _size(p)) >= LARGE:
+            groups.append({"params": [p], "muon": False, "lr": lr * size / USUAL, "weight_decay": weight_decay * USUAL / size})
     return [g for g in groups if g["params"]]
+
+
+def _size(p: Tensor) -> float:
+    """Root mean square, to one digit, so that what chance adds to a matrix changes nothing."""
+    return round(float(p.detach().float().square().mean().sqrt()), 1)

@@ -112,7 +112,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.optimizer_kind == "muon":
-            groups = muon_groups(self.model, self.args.weight_decay)
+            groups = muon_groups(self.model, self.args.weight_decay, self.args.learning_rate)
             self.optimizer = MuonAdamW(groups, lr=self.args.learning_rate, betas=(self.args.adam_beta1, self.args.adam_beta2))
         return super().create_optimizer(model) if self.optimizer is None else self.optimizer
 

@@ -16,6 +16,7 @@ from lmssl import checkpoints
 from lmssl.errors import Interrupted, Stopped, UserError
 from lmssl.evaluation import held_out
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
+from lmssl.optimizers import muon_groups
 from lmssl.recipe import PretrainRecipe, pretrain
 from tests.helpers import OBJECTIVE, SMALL, arguments, small_model, token_set
 
@@ -40,6 +41,17 @@ class At(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             self.action(control)
+
+
+def test_embeddings_of_unit_variance_take_steps_of_their_size(shared_dir):
+    """T5's are 50 times the usual ones: the same relative step, the same decay; no other architecture's rate is changed."""
+    vocab = token_set(shared_dir).vocab()
+    for architecture in SMALL:
+        model = small_model(architecture, vocab, LENGTH)
+        (embeddings,) = (g for g in muon_groups(model, 0.1, 1e-3) if any(p is model.get_input_embeddings().weight for p in g["params"]))
+        rate = embeddings.get("lr", 1e-3)
+        assert rate == pytest.approx(1e-3 * (50 if architecture == "t5" else 1))
+        assert rate * embeddings["weight_decay"] == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize(("architecture", "optimizer"), [("gpt2", "adamw"), ("bert", "muon"), ("t5", "muon"), ("bart", "adamw")])
