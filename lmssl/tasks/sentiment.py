@@ -64,7 +64,7 @@ class Sentiment(FewLabels):
     cue: str = ""
     """Text put behind every input, for example " Overall, this film was"; special tokens may stand in it. What a decoder's head
     reads is the state that predicts the next token; a cue makes the next token the one in question (compare Schick and
-    Schuetze 2020, 2001.07676). T5's head reads the decoder's last state: let the cue end with the sentinel <extra_id_0>."""
+    Schuetze 2020, 2001.07676). T5's head reads the decoder's last state."""
 
     name: ClassVar[str] = "sentiment"
     metric: ClassVar[str] = "accuracy"
