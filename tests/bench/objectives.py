@@ -1,4 +1,4 @@
-"""What a row costs: microseconds an item for each objective, and the loss against torch's own; one JSON line each.
+"""What a row costs: rows a second of each objective beside the stock collator where there is one, and the loss against torch's own.
 
 python -m tests.bench.objectives
 """
@@ -11,13 +11,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 
 from lmssl.data.stream import Collator, Stream
 from lmssl.objectives import Infilling, MaskedTokens, NextToken, SpanCorruption
 from lmssl.objectives.cross_entropy import summed_cross_entropy
+from tests.bench.common import TOKENIZER
 from tests.helpers import token_set
 
-PAIRS = 5
+PAIRS, ROWS, LENGTH = 7, 64, 128
 
 
 def seconds(run) -> float:
@@ -29,11 +31,26 @@ def seconds(run) -> float:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokens = token_set(Path(folder), 2000)
-        for objective in (NextToken(), MaskedTokens(), MaskedTokens(unit="word"), SpanCorruption(), Infilling()):
-            stream = Stream(tokens, objective, 128, 0, 10**6)
-            collator = Collator(objective, 128, next(iter(objective.families)), stream.vocab.pad)
-            times = [seconds(lambda s=stream, c=collator, n=n: c([s[i] for i in range(n * 64, n * 64 + 64)])) / 64 for n in range(PAIRS + 1)][1:]
-            print(json.dumps({"bench": "row", "objective": str(objective), "microseconds": round(statistics.median(times) * 1e6, 1)}))
+        rows = [{"input_ids": row} for row in torch.randint(200, 8000, (ROWS * (PAIRS + 1), LENGTH)).tolist()]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
+        named = {"next_token": NextToken(), "masked": MaskedTokens(), "masked, words": MaskedTokens(unit="word"), "span_corruption": SpanCorruption(), "infilling": Infilling()}
+        for name, objective in named.items():
+            stream = Stream(tokens, objective, LENGTH, 0, 10**6)
+            collator = Collator(objective, LENGTH, next(iter(objective.families)), stream.vocab.pad)
+            theirs = None
+            if name in ("next_token", "masked"):
+                theirs = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=name == "masked", mlm_probability=0.15)
+            spent: tuple[list[float], list[float]] = ([], [])
+            for n in range(PAIRS + 1):
+                turn = range(n * ROWS, (n + 1) * ROWS)
+                spent[0].append(seconds(lambda s=stream, c=collator, t=turn: c([s[i] for i in t])))
+                if theirs:
+                    spent[1].append(seconds(lambda c=theirs, t=turn: c([rows[i] for i in t])))
+            line = {"bench": f"rows of {LENGTH}, {name}", "ours_rows_per_second": round(ROWS / statistics.median(spent[0][1:]))}
+            if theirs:
+                ratios = [b / a for a, b in zip(spent[0][1:], spent[1][1:], strict=True)]
+                line |= {"stock_rows_per_second": round(ROWS / statistics.median(spent[1][1:])), "stock_over_ours": round(statistics.median(ratios), 2)}
+            print(json.dumps(line), flush=True)
     torch.manual_seed(0)
     hidden, table, labels = torch.randn(2048, 128, requires_grad=True), torch.randn(8192, 128, requires_grad=True), torch.randint(0, 8192, (2048,))
 
