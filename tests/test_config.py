@@ -1,6 +1,7 @@
 """Recipes: typed, refused with a suggestion, and the same again after a round trip."""
 
 import dataclasses
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -203,3 +204,16 @@ def test_found_by_the_fuzzer_in_fine_tuning(keys, message, tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(f"task: {{name: sentiment}}\ndata: {{train: x.jsonl}}\nmodel: {{from: nowhere}}\ntrainer: {{output_dir: {tmp_path / 'out'}}}\n")
     assert run(["finetune", str(tmp_path / "r.yaml"), keys]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_documented_defaults_are_the_defaults():
+    """Every field of the table in docs/recipes.md that is a plain value."""
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text().partition("| field | pretraining | fine-tuning |")[2]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in text.partition("\n\n")[0].splitlines()[2:]]
+    checked = 0
+    for name, *values in rows:
+        for value, defaults in zip(values, (arguments.pretrain_defaults(), arguments.finetune_defaults()), strict=True):
+            if name in defaults and not isinstance(defaults[name], bool):
+                assert value.split(",")[0] == str(defaults[name]), name
+                checked += 1
+    assert checked >= 15
