@@ -151,7 +151,7 @@ class Child:
         while not self.ended():
             if time.time() > deadline:
                 self.kill()
-            time.sleep(0.002)
+            time.sleep(0.01)
         return self.code
 
     def until(self, text: str, timeout: float = 60) -> bool:
@@ -160,7 +160,7 @@ class Child:
         while text not in self.text():
             if self.ended() or time.time() > deadline:
                 return text in self.text()
-            time.sleep(0.001)
+            time.sleep(0.004)  # a parent that polls harder takes a core from the child's threads
         return True
 
 
