@@ -266,3 +266,15 @@ def test_items_are_pure_functions_of_seed_and_number(shared_dir):
     other = Stream(made, MaskedTokens(), 32, seed=2, length=100)
     assert any(not np.array_equal(a[i]["input_ids"], other[i]["input_ids"]) for i in range(5))
     assert len({generator(0, i).random() for i in range(1000)}) == 1000
+
+
+@pytest.mark.parametrize("damage", [(b"b\xc3\xa4d", b"b\x86\xa4d"), (b"text", b"te\xbft")], ids=["text", "name"])
+def test_parquet_that_is_not_utf8_is_refused(damage, tmp_path):
+    """Found by fuzzing: arrow decodes texts and column names only when they become Python's."""
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": ["a", "b\u00e4d"]}), path, compression="none", use_dictionary=False)
+    whole = path.read_bytes()
+    assert damage[0] in whole
+    path.write_bytes(whole.replace(*damage))
+    with pytest.raises(UserError, match=r"x.parquet: not a readable parquet file behind record 0: "):
+        list(corpus.records(corpus.resolve(str(path))[0]))

@@ -466,6 +466,7 @@ def _parquet(stream: IO[bytes], path: str) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     with tempfile.TemporaryFile() as plain:
         try:
             if path.endswith(".gz"):
@@ -473,13 +474,12 @@ def _parquet(stream: IO[bytes], path: str) -> Iterator[Record]:
                     plain.write(block)
                 plain.seek(0)
             file = pq.ParquetFile(plain if path.endswith(".gz") else path)
-            number = 0
             for batch in file.iter_batches(batch_size=1024):
                 for record in batch.to_pylist():
                     number += 1
                     yield record, f"{path}:{number}"
-        except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+        except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # a text, or a column's name, that is not UTF-8
+            raise UserError(f"{path}: not a readable parquet file behind record {number}: {str(error).splitlines()[0]}") from None
 
 
 def _dataset_records(source: Source) -> Iterator[Record]:
