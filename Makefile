@@ -36,7 +36,7 @@ test-oldest: ## the tests with the lowest versions that pyproject.toml declares
 drills: $(VENV)/.installed ## the fifteen reliability drills, lmssl and stock, reduced counts (under 35 minutes on 2 cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drills
 
-drills-full: $(VENV)/.installed ## the same at the counts of docs/reliability.md
+drills-full: $(VENV)/.installed ## the same at full counts
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drills --full
 
 bench: $(VENV)/.installed ## the quick benches, ours and stock in turns; rewrites the table of docs/performance.md

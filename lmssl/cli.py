@@ -36,6 +36,12 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("overrides", nargs="*", metavar="FILE or task.key=value" if name == "predict" else "section.key=value")
         return sub
 
+    def continued(sub: argparse.ArgumentParser, resume: str, keys: str) -> None:
+        either = sub.add_mutually_exclusive_group()
+        either.add_argument("--resume", action="store_true", help=resume)
+        either.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
+        sub.add_argument("--accept", action="append", default=[], metavar="KEY", help=f"resume although KEY ({keys}) changed")
+
     sub = verb("tokenizer", _tokenizer, "Train a tokenizer on text, or complete one that lacks mask or sentinels (--from).")
     sub.add_argument("text", nargs="*", help="files, globs, folders, package:// files, each with an optional ::column")
     sub.add_argument("--out", required=True, help="folder to write")
@@ -53,16 +59,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", help="file to write the recipe to instead of standard output")
     sub = verb("pretrain", _pretrain, "Pretrain a backbone on unlabelled text.", "RECIPE")
     sub.add_argument("--dry-run", action="store_true", help="run a few steps, print what the whole run will cost, leave nothing")
-    either = sub.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint")
-    either.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
-    sub.add_argument("--accept", action="append", default=[], metavar="KEY", help="resume although KEY (seed, batch, data, ...) changed")
+    continued(sub, "continue from the newest whole checkpoint", "seed, batch, data, ...")
     sub = verb("finetune", _finetune, "Fine-tune on few labels, beside the same model from scratch.", "RECIPE")
     sub.add_argument("--dry-run", action="store_true", help="run a few steps, print what the whole curve will cost, leave nothing")
-    either = sub.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="keep the finished runs of the folder and go on with the others")
-    either.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
-    sub.add_argument("--accept", action="append", default=[], metavar="KEY", help="resume although KEY (trainer.learning_rate, data.test, ...) changed")
+    continued(sub, "keep the finished runs of the folder and go on with the others", "trainer.learning_rate, data.test, ...")
     sub = verb("predict", _predict, "Predictions of a fine-tuned checkpoint for files or, where none is named, standard input; a JSON object a line.", "CHECKPOINT")
     sub.add_argument("--task", help="sentiment, translation or qa; read from the checkpoint's recipe.yaml where there is one")
     sub.add_argument("--out", help="file to write instead of standard output")

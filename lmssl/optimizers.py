@@ -68,15 +68,15 @@ def muon_groups(model: nn.Module, weight_decay: float, lr: float) -> list[dict[s
     outer |= {id(p) for p in head.parameters()} if head is not None else set()
     trained = [p for p in model.parameters() if p.requires_grad]
     inner = [p for p in trained if p.ndim == 2 and id(p) not in outer]
-    embeddings = [p for p in trained if p.ndim >= 2 and (id(p) in outer or p.ndim > 2)]
+    sizes = [(p, _size(p)) for p in trained if p.ndim >= 2 and (id(p) in outer or p.ndim > 2)]
     vectors = [p for p in trained if p.ndim < 2]
     groups = [
         {"params": inner, "muon": True, "weight_decay": weight_decay},
-        {"params": [p for p in embeddings if _size(p) < LARGE], "muon": False, "weight_decay": weight_decay},
+        {"params": [p for p, size in sizes if size < LARGE], "muon": False, "weight_decay": weight_decay},
         {"params": vectors, "muon": False, "weight_decay": 0.0},
     ]
-    for p in embeddings:
-        if (size := _size(p)) >= LARGE:
+    for p, size in sizes:
+        if size >= LARGE:
             groups.append({"params": [p], "muon": False, "lr": lr * size / USUAL, "weight_decay": weight_decay * USUAL / size})
     return [g for g in groups if g["params"]]
 
