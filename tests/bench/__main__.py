@@ -8,13 +8,12 @@ tests/bench/time_to_loss.py. Nothing else may run on the machine meanwhile.
 
 import argparse
 import json
-import re
 import subprocess
 import sys
-from datetime import date
 from typing import Any
 
 from tests.bench.common import ROOT
+from tests.pages import machine, rewrite
 
 PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- benches: written by `make bench` -->", "<!-- end of benches -->"
@@ -50,18 +49,11 @@ def shown(value: Any) -> str:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Every line as a row: what was measured, its figures, the command that repeats it."""
-    import torch
-    import transformers
-
-    from lmssl import output
-
-    machine = output.environment()
-    head = f"{date.today()}, {machine['device']}, Python {machine['python']}, torch {torch.__version__}, transformers {transformers.__version__}:"
     rows = ["| bench | figures | command |", "|---|---|---|"]
     for line in lines:
         figures = "; ".join(f"{key.replace('_', ' ')} {shown(value)}" for key, value in line.items() if key not in ("bench", "command"))
         rows.append(f"| {line['bench']} | {figures} | `{line['command']}` |")
-    return f"{head}\n\n" + "\n".join(rows)
+    return f"{machine()}:\n\n" + "\n".join(rows)
 
 
 def main() -> None:
@@ -70,8 +62,7 @@ def main() -> None:
     names = parser.parse_args().names
     lines = [line for name in names or COMMANDS for line in run(COMMANDS[name])]
     if not names:
-        text = PAGE.read_text()
-        PAGE.write_text(re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n\n{table(lines)}\n\n{END}", text, flags=re.DOTALL))
+        rewrite(PAGE, BEGIN, END, table(lines))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ python -m tests.drills --slice     a few cases of each, lmssl alone, no table: w
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 import time
-from datetime import date
 from importlib import import_module
 from pathlib import Path
 
 from tests.drills.common import ROOT, Child, Drill, warm
+from tests.pages import machine, rewrite
 
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- drills: written by `make drills` -->", "<!-- end of drills -->"
@@ -45,10 +44,6 @@ def run(drill: Drill, count: int, peer: str | None, folder: Path) -> dict:
 
 def table(lines: list[dict], full: bool) -> str:
     """The drills as a Markdown table: how many cases held on lmssl and on the stock stack."""
-    import torch
-    import transformers
-
-    from lmssl import output
 
     def cell(line: dict | None) -> str:
         return "-" if line is None else f"{line['tried'] - line['failed']} of {line['tried']}"
@@ -59,9 +54,7 @@ def table(lines: list[dict], full: bool) -> str:
         held = " ".join((import_module(f"tests.drills.{name}").__doc__ or "").split()).partition(": ")[2]
         line = ours[drill.name]
         rows.append(f"| {drill.name} | {held[0].upper()}{held[1:]} | {cell(line)} | {cell(stock.get(drill.name))} | {line['seconds']:.0f} |")
-    machine = output.environment()
-    head = f"{date.today()}, {machine['device']}, Python {machine['python']}, torch {torch.__version__}, transformers {transformers.__version__}, "
-    return head + ("counts of `make drills-full`" if full else "reduced counts of `make drills`") + ":\n\n" + "\n".join(rows)
+    return f"{machine()}, " + ("counts of `make drills-full`" if full else "reduced counts of `make drills`") + ":\n\n" + "\n".join(rows)
 
 
 def main() -> int:
@@ -80,8 +73,7 @@ def main() -> int:
                 lines.append(run(drill, drill.slice if options.slice else drill.count(options.full, peer), peer, Path(name)))
                 print(json.dumps(lines[-1]), flush=True)
     if not options.slice and not options.only:
-        text = PAGE.read_text()
-        PAGE.write_text(re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: f"{BEGIN}\n\n{table(lines, options.full)}\n\n{END}", text, flags=re.DOTALL))
+        rewrite(PAGE, BEGIN, END, table(lines, options.full))
     return int(any(not line["held"] for line in lines if not line.get("peer")))
 
 
