@@ -35,11 +35,12 @@ OWNED_BY_TASKS = OWNED | {
     "seed": "task.seeds counts the seeds: 0, 1, ...",
     "eval_strategy": "each run is scored once, when it ends",
     "eval_steps": "each run is scored once, when it ends",
+    "batch": "a few labelled examples need no split; per_device_train_batch_size is theirs",
 }
 """The same for fine-tuning."""
 
-OURS = {"optimizer": Literal["adamw", "muon"], "on_spike": Literal["ignore", "warn", "stop"], "worker_timeout": float}
-"""Fields beside those of TrainingArguments (see lmssl.trainer.ExactTrainer)."""
+OURS = {"optimizer": Literal["adamw", "muon"], "batch": Literal["given", "auto"], "on_spike": Literal["ignore", "warn", "stop"], "worker_timeout": float}
+"""Fields beside those of TrainingArguments (see lmssl.trainer.ExactTrainer and, for `batch`, lmssl.probe)."""
 
 POSITIVE = (
     "worker_timeout",
@@ -59,7 +60,7 @@ BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 def own(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a resolved section that ExactTrainer takes itself."""
-    return {k: values[k] for k in OURS}
+    return {k: values[k] for k in OURS if k != "batch"}
 
 
 def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapping[str, str] = OWNED) -> dict[str, Any]:
@@ -156,6 +157,7 @@ def pretrain_defaults() -> dict[str, Any]:
     """What an unset trainer field is in pretraining; never the Trainer's own 5e-5."""
     return {
         "optimizer": "muon",
+        "batch": "given",
         "on_spike": "warn",
         "worker_timeout": 300.0,
         "learning_rate": 3e-3,

@@ -272,15 +272,15 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from lmssl import recipe
+    from lmssl import scoring
 
     _silence_transformers()
     if options.pairs:
-        found = recipe.minimal_pairs(options.recipe, options.pairs)
+        found = scoring.minimal_pairs(options.recipe, options.pairs)
         right, mean = 100 * found["accuracy"], 100 * found["mean_by_phenomenon"]
         print(f"{right:.2f}% of {found['pairs']:,} minimal pairs right ({found['ties']} ties counted as half); mean of the phenomena {mean:.2f}%")
         return
-    held = recipe.evaluate(options.recipe, options.overrides)["held_out"]
+    held = scoring.evaluate(options.recipe, options.overrides)["held_out"]
     print(f"held-out loss {held['loss']:.6f}, {held['bits_per_byte']:.6f} bits per byte")
 
 

@@ -278,18 +278,10 @@ def ladder(wanted: PretrainRecipe, minutes: float) -> Iterator[Rung]:
         inner = sum(p.numel() for p in model.parameters() if id(p) not in outer)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             flops = machine.step_flops(model, batch, token_loss)
-            times = []
-            for _ in range(3):
-                begun = time.perf_counter()
-                inputs = dict(batch)
-                labels = inputs.pop("labels")
-                token_loss(model(**inputs), labels).backward()
-                if args.device.type != "cpu":
-                    torch.accelerator.synchronize()
-                times.append(time.perf_counter() - begun)
-        speed = count_tokens(batch) / min(times)
+            seconds = machine.pass_seconds(model, batch, token_loss)
+        speed = count_tokens(batch) / seconds
         tokens = speed * minutes * 60
-        seen.append(Rung(section, inner, speed, flops / min(times) / peak, tokens, tokens / unique, expected_loss(inner, tokens, unique)))
+        seen.append(Rung(section, inner, speed, flops / seconds / peak, tokens, tokens / unique, expected_loss(inner, tokens, unique)))
         yield seen[-1]
         if len(seen) > 2 and min(seen, key=lambda r: r.loss) is seen[-3]:
             return

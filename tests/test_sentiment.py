@@ -83,6 +83,22 @@ def test_a_cue_may_name_special_tokens_and_a_text_may_not(backbones):
     assert made.encode(["<extra_id_0>"])[0].tolist().count(sentinel) == 0, "the tokenizer is as it was"
 
 
+def test_answers_begin_as_what_the_language_model_says(backbones):
+    """Before any step the classifier's scores are the language model's own logits of the answers behind the cue."""
+    backbone, text = backbones["decoder"], Labelled("a film", "1", "")
+    task = Sentiment(cue=" It was", answers={"0": [" bad"], "1": [" good", " great"]})
+    (row,) = ids_of(task, backbone, text)
+    ids = torch.tensor([row])
+    for pretrained in (True, False):
+        logits = backbone.build(models.AUTO["decoder"], pretrained, 7)(input_ids=ids).logits[0, -1]
+        bad, good, great = (logits[backbone.ids([a])[0][0]] for a in (" bad", " good", " great"))
+        got = task.model(backbone, pretrained, 7).eval()(input_ids=ids).logits[0]
+        assert torch.allclose(got, torch.stack([bad, (good + great) / 2]), atol=1e-5)
+    for family in ("encoder", "encoder-decoder"):
+        with pytest.raises(UserError, match="leave answers out"):
+            task.model(backbones[family], True, 0)
+
+
 def test_encode_pairs(backbones):
     """bos a eos b eos; of a pair that is too long the longer text is cut first."""
     made, task = tokenizer(), Sentiment(text_a="a", text_b="b", keep="start")
@@ -226,6 +242,9 @@ def test_macro_f1_equals_scikit_learn():
         ({"task": {"method": "lore"}}, "one of full, probe, lora"),
         ({"task": {"learning_rates": [0]}}, "numbers above 0"),
         ({"task": {"cue": " It was", "keep": "start"}}, "which keep=start cuts off"),
+        ({"task": {"answers": {"good": [" good"]}}}, "answers need a cue"),
+        ({"task": {"cue": " It was", "answers": {"good": []}}}, "'good' has an empty one"),
+        ({"task": {"cue": " It was", "answers": {"1": [" good"]}}}, "task.answers: for the classes 1; the examples have contra, pro"),
         ({"task": {"validation": 1.0}}, "above 0 and below 1"),
         ({"task": {"scratch_labels": [9999]}}, "task.scratch_labels: 9999 labels asked for"),
         ({"task": {"name": "sentimnt"}}, "did you mean 'sentiment'"),

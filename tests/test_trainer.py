@@ -254,7 +254,7 @@ def test_damaged_checkpoints(corpus_file, tmp_path):
 
 
 def test_evaluate_repeats_the_final_number(corpus_file, tmp_path):
-    from lmssl.recipe import evaluate
+    from lmssl.scoring import evaluate
 
     metrics = pretrain(recipe_of(corpus_file, tmp_path / "run"), quiet=True)
     again = evaluate(str(tmp_path / "run"), ["trainer.per_device_eval_batch_size=3"])

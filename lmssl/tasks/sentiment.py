@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from lmssl import models
 from lmssl.data import corpus
 from lmssl.errors import UserError
 from lmssl.tasks.base import Backbone, Example, FewLabels, Item, by_length, inputs_of
@@ -65,6 +66,10 @@ class Sentiment(FewLabels):
     """Text put behind every input, for example " Overall, this film was"; special tokens may stand in it. What a decoder's head
     reads is the state that predicts the next token; a cue makes the next token the one in question (compare Schick and
     Schuetze 2020, 2001.07676). T5's head reads the decoder's last state."""
+    answers: dict[str, list[str]] = field(default_factory=dict)
+    """For each class, texts that may follow the cue, for example {"0": [" bad"], "1": [" good"]}: the head of a decoder begins as the rows
+    by which the vocabulary projection predicts their first tokens (their mean), and so knows what pretraining knows (Schick and
+    Schuetze's verbalizer; the same is done to the twin, whose rows are random)."""
 
     name: ClassVar[str] = "sentiment"
     metric: ClassVar[str] = "accuracy"
@@ -77,6 +82,17 @@ class Sentiment(FewLabels):
             raise ValueError(f"text_a={self.text_a} and text_b={self.text_b} must both be named, or neither")
         if self.cue and self.keep == "start":
             raise ValueError(f"cue={self.cue!r} stands at the end of an input, which keep=start cuts off; use keep=end")
+        if self.answers and not self.cue:
+            raise ValueError("answers need a cue that they follow, for example cue=' Overall, this film was'")
+        if empty := [name for name, texts in self.answers.items() if not texts or not all(texts)]:
+            raise ValueError(f"answers: class '{empty[0]}' has an empty one")
+
+    def fitted(self, examples: Sequence[Any]) -> Sentiment:
+        """Refuses answers for other classes than the examples have."""
+        classes, named = {e.label for e in examples}, set(self.answers)
+        if named and classes != named:
+            raise UserError(f"task.answers: for the classes {', '.join(sorted(named))}; the examples have {', '.join(sorted(classes))}")
+        return self
 
     def read(self, sources: list[corpus.Source]) -> list[Labelled]:
         """Every labelled example of the sources, exact duplicates dropped."""
@@ -97,7 +113,14 @@ class Sentiment(FewLabels):
         changes: dict[str, Any] = {"num_labels": len(names), "id2label": names, "label2id": {c: i for i, c in names.items()}}
         if hasattr(backbone.config, "classifier_pooling"):
             changes["classifier_pooling"] = "mean"
-        return backbone.build(AutoModelForSequenceClassification, pretrained, seed, **changes)
+        model = backbone.build(AutoModelForSequenceClassification, pretrained, seed, **changes)
+        if self.answers:
+            if backbone.family != "decoder" or not isinstance(getattr(model, "score", None), torch.nn.Linear):
+                raise UserError(f"task.answers: the head of {type(model).__name__} is not a projection of the state that predicts the next token; leave answers out")
+            weight = backbone.build(models.AUTO["decoder"], pretrained, seed).get_output_embeddings().weight.detach()
+            rows = [weight[[int(ids[0]) for ids in backbone.ids(self.answers[c])]].mean(0) for c in backbone.classes]
+            model.score.weight.data.copy_(torch.stack(rows))
+        return model
 
     def encode(self, backbone: Backbone, examples: Sequence[Any]) -> list[list[Item]]:
         """Token ids cut to the backbone's length, and the class number (0 where there is none)."""

@@ -127,7 +127,7 @@ def spans(ids: list[int], sentinels: Sequence[int], eos: int, rng: Any, rate: fl
 
 def stock(
     turns: Any, kind: str, shape: str, folder: str, length: int, rows: int, steps: int, *,
-    rate: float = 1e-3, seed: int = 0, keep: str | None = None, source: str = REVIEWS, most: int | None = 4000, held_out: float = 0.0,
+    rate: float = 1e-3, seed: int = 0, keep: str | None = None, source: str = REVIEWS, most: int | None = 4000, held_out: float = 0.0, callbacks: Sequence[Any] | None = None,
 ) -> None:  # fmt: skip
     """The stock side: trains, with `turns` watching.
 
@@ -135,14 +135,16 @@ def stock(
         keep: folder for the final model.
         most: documents; None takes all.
         held_out: fraction of the documents, by content hash, that it must not see.
+        callbacks: of the Trainer; unset: `turns` itself.
     """
     import transformers
 
     from lmssl.data.tokens import TokenSet, below, content_hash
 
     transformers.set_seed(seed)
-    model = model_of(kind, shape, TokenSet(folder), length, seed)
-    data, tokenizer = grouped((t for t in texts(source, most) if content_hash(t) >= below(held_out)), length)
+    # The attention that transformers chooses by itself; lmssl's choice for short rows is one of the things compared.
+    model = model_of(kind, shape, TokenSet(folder), length, seed, attn_implementation="sdpa")
+    data, tokenizer = grouped((t for t in texts(source, most) if content_hash(t) >= below(held_out)), length, os.cpu_count() or 1)
     turns.facts = {"tokens": rows * length, "parameters": sum(p.numel() for p in model.parameters())}
     if kind == "span_corruption":
         _t5_loop(turns, model, data, tokenizer, rows, steps, rate, seed)
@@ -153,7 +155,7 @@ def stock(
             weight_decay=0.01, logging_steps=max(1, steps // 20), save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
         collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=kind == "masked", mlm_probability=0.15)
-        trainer = transformers.Trainer(model, args, collator, data, callbacks=[turns])
+        trainer = transformers.Trainer(model, args, collator, data, callbacks=list(callbacks or [turns]))
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     if keep:

@@ -1,49 +1,59 @@
 """Wall-clock to the stock script's final held-out loss, side by side: hours, so `make bench` leaves it out.
 
-    python -m tests.bench.time_to_loss KIND --text FILES --stock-steps N --stock-rows R --stock-rate LR --out FOLDER [recipe overrides]
+    python -m tests.bench.time_to_loss KIND --text FILES --out FOLDER [--seeds 0 1 2] [--stock-steps N --stock-rows R --stock-rate LR] [overrides]
 
-Both start from one AutoConfig, tokenizer and text, preparation done. The stock side trains its steps to the end and is
-scored by lmssl's evaluator on the same isolated held-out rows and, for masked tokens, the same 15% masks. Then lmssl
-trains by its own recipe, as long as `trainer.max_steps` says, and is scored by the same. Seconds are of training alone,
-compilation beside them; `cold` counts everything from launch to the saved model, preparation included, with empty caches.
+Both start from one AutoConfig, tokenizer and text. For each seed the stock side trains its steps to the end and is scored
+by lmssl's evaluator on the same isolated held-out rows and, for masked tokens, the same 15% masks; then lmssl trains by
+RECIPES, and is scored by the same. Every run is a process of its own that begins with empty caches. `seconds` are of the
+training alone; `cold_seconds` count everything from launch to the saved model: imports, preparation, compilation.
+
+What a run gave stays in FOLDER/KIND-SEED/SIDE.json, and a second call does not repeat it. `--side stock` runs one side
+alone: so the grid of stock rates and batches was searched.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from lmssl import config
-from tests.bench.common import DROPOUT, ROOT, SHAPES, TOKENIZER, stock
+from tests.bench.common import DROPOUT, ROOT, SHAPES, TOKENIZER
 
-RECIPES = {
-    "next_token": {"objective": {"name": "next_token"}, "trainer": {"per_device_train_batch_size": 16}},
-    "masked": {"objective": {"name": "masked", "rate": 0.3, "unit": "word"}, "trainer": {"per_device_train_batch_size": 16}},
-    "span_corruption": {"objective": {"name": "span_corruption"}, "trainer": {"per_device_train_batch_size": 16}},
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "next_token": {"objective": {"name": "next_token"}, "trainer": {"per_device_train_batch_size": 16, "max_steps": 2000}},
+    "masked": {"objective": {"name": "masked", "rate": 0.3, "unit": "word"}, "trainer": {"per_device_train_batch_size": 16, "max_steps": 2000}},
+    "span_corruption": {"objective": {"name": "span_corruption"}, "trainer": {"per_device_train_batch_size": 16, "max_steps": 2000}},
 }
 """lmssl's own side: what its recipes say, whatever the stock side does."""
-HELD_OUT = 0.005
+STOCK = {"next_token": (4000, 32, 1e-3), "masked": (4000, 32, 1e-3), "span_corruption": (4000, 32, 1e-3)}
+"""Steps, rows and learning rate of the stock side, from the grid in docs/log.md."""
+LENGTH, HELD_OUT = 128, 0.005
 
 
-class Running:
+class Whole:
     """Stands in for turns: the whole run at once, timed."""
 
     def __init__(self) -> None:
         from transformers import TrainerCallback
 
-        self.facts: dict[str, float] = {}
+        self.facts: dict[str, Any] = {}
         self.first = self.last = 0.0
         outer = self
 
         class Times(TrainerCallback):
-            def on_train_begin(self, *args, **keys) -> None:
+            def on_train_begin(self, *args: Any, **keys: Any) -> None:
                 outer.first = time.perf_counter()
 
-            def on_train_end(self, *args, **keys) -> None:
+            def on_train_end(self, *args: Any, **keys: Any) -> None:
                 outer.last = time.perf_counter()
 
         self.callback = Times()
@@ -55,66 +65,102 @@ class Running:
     def end(self) -> None:
         self.last = time.perf_counter()
 
-    def __getattr__(self, name: str):
-        return getattr(self.callback, name)
+
+def recipe_of(kind: str, shape: str, text: str, seed: int, out: Path) -> Path:
+    """lmssl's recipe of a kind, written."""
+    trainer = RECIPES[kind]["trainer"] | {"output_dir": str(out / "ours"), "seed": seed, "save_strategy": "no", "torch_compile": True}
+    data = {"text": text, "tokenizer": TOKENIZER, "seq_length": LENGTH, "held_out": HELD_OUT}
+    path = out / "recipe.yaml"
+    path.write_text(config.dump({"data": data, "model": SHAPES[shape][kind] | DROPOUT[kind], "objective": RECIPES[kind]["objective"], "trainer": trainer}))
+    return path
 
 
-def score(checkpoint: str, recipe: Path) -> float:
+def train_stock(kind: str, shape: str, text: str, seed: int, steps: int, rows: int, rate: float, out: Path) -> None:
+    """In a process of its own: trains, saves, prints the seconds of training."""
+    from lmssl import from_iterable, load_tokenizer
+    from tests.bench.common import stock
+
+    tokenizer = load_tokenizer(TOKENIZER)
+    with tempfile.TemporaryDirectory() as folder:
+        # One document: the stock side takes its ids from here, and makes its own rows of the text.
+        tokens = from_iterable(["Nothing."] * 2, tokenizer, Path(folder) / "tokens", 0.0)
+        whole = Whole()
+        stock(
+            whole, kind, shape, str(tokens.folder), LENGTH, rows, steps,
+            rate=rate, seed=seed, keep=str(out / "stock"), source=text, most=None, held_out=HELD_OUT, callbacks=[whole.callback],
+        )  # fmt: skip
+    tokenizer.save(out / "stock")
+    print(json.dumps({"seconds": round(whole.last - whole.first, 1), "tokens": whole.facts["tokens"] * steps}))
+
+
+def scored(checkpoint: Path, recipe: Path) -> float:
     """Held-out loss by lmssl's evaluator, with the recipe's data and the objective's fixed held-out rate."""
-    import shutil
+    if not (checkpoint / "recipe.yaml").exists():
+        shutil.copy(recipe, checkpoint / "recipe.yaml")
+    subprocess.run([sys.executable, "-m", "lmssl", "evaluate", str(checkpoint)], cwd=ROOT, check=True, capture_output=True)
+    return round(float(json.loads((checkpoint / "metrics.json").read_text())["held_out"]["loss"]), 4)
 
-    shutil.copy(recipe, Path(checkpoint) / "recipe.yaml")
-    subprocess.run([sys.executable, "-m", "lmssl", "evaluate", checkpoint], cwd=ROOT, check=True, capture_output=True)
-    return float(json.loads((Path(checkpoint) / "metrics.json").read_text())["held_out"]["loss"])
+
+def side(name: str, command: list[str], recipe: Path, out: Path) -> dict[str, Any]:
+    """One run with empty caches, scored; or what it gave before."""
+    kept = out / f"{name}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    with tempfile.TemporaryDirectory() as cache:
+        places = {"LMSSL_CACHE": f"{cache}/lmssl", "HF_DATASETS_CACHE": f"{cache}/datasets", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor"}
+        begun = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | places | {"HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, text=True)
+        cold = time.perf_counter() - begun
+    if done.returncode:
+        sys.exit(f"{name}: exit {done.returncode}")
+    if name == "stock":
+        facts = json.loads(done.stdout.strip().splitlines()[-1])
+    else:
+        metrics = json.loads((out / "ours" / "metrics.json").read_text())
+        facts = {"seconds": round(metrics["seconds"], 1), "tokens": metrics["tokens"], "matmul_share": metrics["matmul_share"]}
+    facts |= {"cold_seconds": round(cold, 1), "loss": scored(out / name, recipe)}
+    kept.write_text(json.dumps(facts))
+    print(json.dumps({"run": f"{out.name} {name}", **facts}), flush=True)
+    return facts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=RECIPES)
     parser.add_argument("--shape", default="small")
     parser.add_argument("--text", required=True)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--stock-steps", type=int, required=True)
-    parser.add_argument("--stock-rows", type=int, default=32)
-    parser.add_argument("--stock-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stock-steps", type=int)
+    parser.add_argument("--stock-rows", type=int)
+    parser.add_argument("--stock-rate", type=float)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--side", choices=["ours", "stock", "train-stock"])
     parser.add_argument("--out", type=Path, required=True)
     options, overrides = parser.parse_known_args()
-    out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    sections = {
-        "data": {"text": options.text, "tokenizer": TOKENIZER, "seq_length": options.length, "held_out": HELD_OUT},
-        "model": SHAPES[options.shape][options.kind] | DROPOUT[options.kind],
-    }
-    sections |= RECIPES[options.kind]
-    sections["trainer"] = sections["trainer"] | {"output_dir": str(out / "ours"), "seed": options.seed, "save_strategy": "no"}
-    recipe = out / "recipe.yaml"
-    recipe.write_text(config.dump(sections))
-    from lmssl.recipe import PretrainRecipe, prepared
-
-    loaded = PretrainRecipe.load(recipe)
-    tokens = prepared(loaded.data, loaded.tokenizer())
-    begun, running = time.perf_counter(), Running()
-    keys = {"rate": options.stock_rate, "seed": options.seed, "keep": str(out / "stock"), "source": options.text, "most": None, "held_out": HELD_OUT}
-    stock(running, options.kind, options.shape, str(tokens.folder), options.length, options.stock_rows, options.stock_steps, **keys)
-    tokens.tokenizer.save(out / "stock")
-    theirs = {"seconds": round(running.last - running.first, 1), "all_seconds": round(time.perf_counter() - begun, 1), "loss": round(score(str(out / "stock"), recipe), 4)}
-    print(json.dumps({"bench": f"time to loss, stock {options.kind}", **theirs}), flush=True)
-    begun = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "lmssl", "pretrain", str(recipe), "--overwrite", *overrides], cwd=ROOT, check=True)
-    metrics = json.loads((out / "ours" / "metrics.json").read_text())
-    ours = {"seconds": metrics["seconds"], "all_seconds": round(time.perf_counter() - begun, 1), "loss": round(score(str(out / "ours"), recipe), 4)}
-    print(
-        json.dumps(
-            {
-                "bench": f"time to loss {options.kind}",
-                "reached": ours["loss"] <= theirs["loss"],
-                "stock_over_ours": round(theirs["seconds"] / ours["seconds"], 2),
-                "ours": ours,
-                "stock": theirs,
-            }
-        )
-    )
+    kind, usual = options.kind, STOCK[options.kind]
+    steps, rows, rate = options.stock_steps or usual[0], options.stock_rows or usual[1], options.stock_rate or usual[2]
+    if options.side == "train-stock":
+        train_stock(kind, options.shape, options.text, options.seeds[0], steps, rows, rate, options.out)
+        return
+    pairs = []
+    for seed in options.seeds:
+        out = (options.out / f"{kind}-{seed}").resolve()
+        out.mkdir(parents=True, exist_ok=True)
+        recipe = recipe_of(kind, options.shape, options.text, seed, out)
+        ask = ["--shape", options.shape, "--text", options.text, "--stock-steps", str(steps), "--stock-rows", str(rows), "--stock-rate", str(rate), "--seeds", str(seed)]
+        commands = {
+            "stock": [sys.executable, "-m", "tests.bench.time_to_loss", kind, "--side", "train-stock", "--out", str(out), *ask],
+            "ours": [sys.executable, "-m", "lmssl", "pretrain", str(recipe), "--overwrite", *overrides],
+        }
+        pairs.append({name: side(name, commands[name], recipe, out) for name in ("stock", "ours") if options.side in (None, name)})
+    if options.side is None:
+        line: dict[str, Any] = {"bench": f"time to loss, {kind}", "stock": f"{steps} steps of {rows} rows at {rate}", "pairs": len(pairs)}
+        line["reached"] = sum(p["ours"]["loss"] <= p["stock"]["loss"] for p in pairs)
+        for name, key in (("stock_over_ours", "seconds"), ("cold_stock_over_ours", "cold_seconds")):
+            ratios = [p["stock"][key] / p["ours"][key] for p in pairs]
+            line |= {name: round(statistics.median(ratios), 2), f"{name}_range": [round(min(ratios), 2), round(max(ratios), 2)]}
+        for name in ("stock", "ours"):
+            line |= {f"{name}_{key}": statistics.median(p[name][key] for p in pairs) for key in ("seconds", "cold_seconds", "loss")}
+        print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -78,6 +78,8 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         for number in range(count):
             kind = KINDS[number % len(KINDS)]
             name = "model.safetensors" if kind.split(",")[0] in ("nan", "dropped", "renamed") else draw.choice(files)
+            if kind == "other step":  # of a file that is the same at every step this would be no damage
+                name = draw.choice([n for n in files if len({(folder / "cut" / f"checkpoint-{step}" / n).read_bytes() for step in (2, 4)}) == 2])
             out = folder / f"run-{number}"
             shutil.copytree(folder / "cut", out)
             damage(out / "checkpoint-4", name, kind, draw)

@@ -1,0 +1,112 @@
+"""Choices that are measured once, before step 0: micro-batch and compilation.
+
+They are written into the run's recipe, where a resumed run reads them (`recorded`), so that it goes on as it began. What
+a recipe says itself is never measured.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel, TrainingArguments
+
+from lmssl import config, machine, models
+from lmssl.data.stream import Collator, Stream
+from lmssl.errors import UserError
+from lmssl.objectives.base import token_loss
+
+log = logging.getLogger("lmssl")
+
+WORTH = 300.0
+"""Seconds of training from which on compilation, a minute at most and a third of every step, pays."""
+BETTER = 0.97
+"""Of the time of larger micro-batches that a smaller one must need less than: fewer parts are preferred."""
+SMALLEST = 8
+
+
+def recorded(path: Path, section: Mapping[str, Any], sections: tuple[str, ...]) -> dict[str, Any]:
+    """What a run chose of what the trainer section leaves open; nothing where its recipe cannot be read.
+
+    Args:
+        path: the run's recipe.yaml.
+        section: the trainer section as it is now.
+        sections: names of a recipe's sections.
+    """
+    try:
+        then = config.load(path, (), sections)["trainer"]
+    except (UserError, KeyError):
+        return {}
+    names = [] if "torch_compile" in section else ["torch_compile"]
+    names += ["batch", "per_device_train_batch_size", "gradient_accumulation_steps"] if section.get("batch") == "auto" else []
+    return {name: then[name] for name in names if name in then}
+
+
+def choose(values: Mapping[str, Any], args: TrainingArguments, model: PreTrainedModel, stream: Stream, collator: Collator) -> dict[str, Any]:
+    """The trainer section with everything decided, the same on every rank.
+
+    Args:
+        values: of `arguments.with_steps`.
+        args: built from it.
+        model: not moved to its device yet; it is as it was afterwards.
+    """
+    done = dict(values)
+    if done["batch"] == "given" and "torch_compile" in done:
+        return done
+    if args.fsdp or args.deepspeed:  # no rank holds the whole model
+        return {"torch_compile": False, **done, "batch": "given"}
+    parts = done.get("gradient_accumulation_steps", 1)
+    rows = done["per_device_train_batch_size"] * parts
+    seconds: dict[int, float] = {}
+    if done["batch"] == "auto":
+        done["per_device_train_batch_size"], seconds = fastest(args, model, stream, collator, rows)
+        done["gradient_accumulation_steps"] = rows // done["per_device_train_batch_size"]
+        done["batch"] = "given"
+        log.info("trainer.batch: %s", "; ".join(f"{rows // n} x {n} rows {s:.3f} s" for n, s in seconds.items()))
+    if "torch_compile" not in done:
+        size, parts, steps = done["per_device_train_batch_size"], done.get("gradient_accumulation_steps", 1), done["max_steps"]
+        step = seconds.get(size) or _step(args, model, stream, collator, size, parts, 1)
+        if step * steps > WORTH and size not in seconds:  # a first pass may only have been slow to start
+            step = _step(args, model, stream, collator, size, parts)
+        done["torch_compile"] = step * steps > WORTH and compiles(args)
+        log.info("trainer.torch_compile: %s; %d steps would take %.0f s without", str(done["torch_compile"]).lower(), steps, step * steps)
+    return broadcast_object_list([done])[0] if args.world_size > 1 else done
+
+
+def compiles(args: TrainingArguments) -> bool:
+    """Whether torch can generate code here: on a CPU it needs a C++ compiler."""
+    return args.device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def fastest(args: TrainingArguments, model: PreTrainedModel, stream: Stream, collator: Collator, rows: int) -> tuple[int, dict[int, float]]:
+    """The micro-batch, `rows` halved some times, that goes through a step's rows fastest; and the seconds of each that was tried."""
+    seconds: dict[int, float] = {}
+    size, best = rows, rows
+    while True:
+        try:
+            seconds[size] = _step(args, model, stream, collator, size, rows // size)
+        except torch.OutOfMemoryError:
+            model.zero_grad()
+            torch.accelerator.empty_cache()
+        if seconds.get(size, float("inf")) < BETTER * seconds.get(best, float("inf")):
+            best = size
+        slower = size in seconds and seconds[size] > 1.2 * seconds[best]
+        if slower or size % 2 or (size // 2 < SMALLEST and seconds):
+            break
+        size //= 2
+    if not seconds:
+        raise UserError(f"trainer.batch: not even one row fits into memory (of {rows}, halved down to {size}); take a smaller model or shorter rows")
+    return best, seconds
+
+
+def _step(args: TrainingArguments, model: PreTrainedModel, stream: Stream, collator: Collator, size: int, parts: int, repeats: int = 3) -> float:
+    """Seconds of the passes of a step of so many micro-batches, not compiled."""
+    batch = {k: v.to(args.device) for k, v in collator([stream[i] for i in range(min(size, len(stream)))]).items()}
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        return parts * machine.pass_seconds(models.prepare(model.to(args.device)), batch, token_loss, repeats)

@@ -1,0 +1,98 @@
+"""Choices that are measured: made once, written down, read on resume, never over what a recipe says."""
+
+import pytest
+
+from lmssl import config, machine, probe
+from lmssl.errors import UserError
+from lmssl.recipe import PRETRAIN, PretrainRecipe, pretrain
+from tests.helpers import SMALL
+
+
+@pytest.fixture
+def sections(corpus_file, tmp_path):
+    return {
+        "data": {"text": str(corpus_file), "tokenizer": "tokenizer_assets/bpe-8k", "seq_length": 32, "held_out": 0.1},
+        "model": {"architecture": "gpt2", **SMALL["gpt2"]},
+        "objective": {"name": "next_token"},
+        "trainer": {"output_dir": str(tmp_path / "run"), "max_steps": 4, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "save_steps": 2},
+    }
+
+
+def run(sections, **keys):
+    """The trainer section as the run wrote it down."""
+    pretrain(PretrainRecipe.of(sections), quiet=True, **keys)
+    return config.load(f"{sections['trainer']['output_dir']}/recipe.yaml", (), PRETRAIN)["trainer"]
+
+
+@pytest.fixture
+def speeds(monkeypatch):
+    """Seconds a row by micro-batch, given by the test; what was asked for."""
+    given, asked = {}, []
+
+    def pass_seconds(model, batch, loss, repeats=3):
+        rows = len(batch["input_ids"])
+        asked.append(rows)
+        if isinstance(given[rows], Exception):
+            raise given[rows]
+        return given[rows] * rows
+
+    monkeypatch.setattr(machine, "pass_seconds", pass_seconds)
+    return given, asked
+
+
+def test_the_fastest_micro_batch_is_taken_and_kept_on_resume(sections, speeds):
+    given, asked = speeds
+    given |= {32: 1.0, 16: 0.5, 8: 0.49}
+    sections["trainer"]["batch"] = "auto"
+    made = run(sections)
+    assert (made["per_device_train_batch_size"], made["gradient_accumulation_steps"], made["batch"]) == (16, 2, "given"), "8 is not faster by enough"
+    assert asked == [32, 16, 8]
+    given |= {16: 2.0}
+    sections["trainer"] |= {"max_steps": 6, "torch_compile": False}
+    assert run(sections, resume=True)["per_device_train_batch_size"] == 16
+    assert asked == [32, 16, 8], "nothing was measured again"
+
+
+def test_a_micro_batch_that_does_not_fit_is_passed_over(sections, speeds, monkeypatch):
+    import torch
+
+    given, asked = speeds
+    given |= {32: torch.OutOfMemoryError("32"), 16: torch.OutOfMemoryError("16"), 8: torch.OutOfMemoryError("8"), 4: 1.0}
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    sections["trainer"]["batch"] = "auto"
+    assert run(sections)["per_device_train_batch_size"] == 4
+    assert asked[:4] == [32, 16, 8, 4]
+    given |= {n: torch.OutOfMemoryError() for n in (4, 2, 1)}
+    with pytest.raises(UserError, match="not even one row fits"):
+        run(sections, overwrite=True)
+
+
+@pytest.mark.parametrize(("seconds", "compiler", "compiled"), [(0.001, "sh", False), (100.0, "sh", True), (100.0, "no/such/compiler", False)])
+def test_compiled_where_it_pays(seconds, compiler, compiled, sections, speeds, monkeypatch):
+    """Measured on the real recipe; the training itself is stopped before it would compile."""
+    from lmssl import recipe
+
+    monkeypatch.setenv("CXX", compiler)
+    speeds[0][16] = seconds / 16
+    objective, tokenizer = recipe.check(wanted := PretrainRecipe.of(sections))
+    values = recipe.arguments.resolve(wanted.trainer, recipe.arguments.pretrain_defaults())
+    trainer, done = recipe.assemble(wanted, objective, tokenizer, values, True)
+    assert done["torch_compile"] is trainer.args.torch_compile is compiled
+    values["torch_compile"] = not compiled
+    assert recipe.assemble(wanted, objective, tokenizer, values, True)[1]["torch_compile"] is not compiled, "what a recipe says wins"
+
+
+def test_a_real_pass_leaves_no_gradient(sections):
+    """The probe unpatched, on a real model: the run is the one that a recipe with its choices written out gives."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder = sections["trainer"]["output_dir"]
+    made = run(sections)
+    first = load_file(f"{folder}/model.safetensors")
+    assert made["torch_compile"] is False
+    sections["trainer"] = made
+    run(sections, overwrite=True)
+    again = load_file(f"{folder}/model.safetensors")
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert probe.recorded(sections["trainer"]["output_dir"] + "/nothing.yaml", {}, PRETRAIN) == {}
