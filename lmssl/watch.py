@@ -197,6 +197,9 @@ def _minutes(seconds: float) -> str:
 
 def of_the_data(error: Exception) -> str:
     """What went wrong in the stream or one of its workers: what, and where in the code."""
+    if isinstance(error, ConnectionError | EOFError) and any("multiprocessing" in f.filename for f in traceback.extract_tb(error.__traceback__)):
+        # torch names a dead worker unless it is so freshly dead that it still counts as alive.
+        return f"a data worker exited unexpectedly or was killed by signal while it handed a batch over ({type(error).__name__})"
     lines = [line.strip() for line in str(error).strip().splitlines()]
     inside = [line for line in lines if line.startswith("File ")]
     if not inside:

@@ -18,6 +18,7 @@ from lmssl.evaluation import held_out
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
 from lmssl.optimizers import muon_groups
 from lmssl.recipe import PretrainRecipe, pretrain
+from lmssl.watch import of_the_data
 from tests.helpers import OBJECTIVE, SMALL, arguments, small_model, token_set
 
 LENGTH = 32
@@ -52,6 +53,20 @@ def test_embeddings_of_unit_variance_take_steps_of_their_size(shared_dir):
         rate = embeddings.get("lr", 1e-3)
         assert rate == pytest.approx(1e-3 * (50 if architecture == "t5" else 1))
         assert rate * embeddings["weight_decay"] == pytest.approx(1e-4)
+
+
+def test_a_worker_killed_while_it_hands_a_batch_over_is_named():
+    """Found by drill R14 (kill at item 40): the pipe breaks before torch sees that the worker is dead."""
+    from multiprocessing import Pipe
+
+    ours, theirs = Pipe()
+    theirs.close()
+    with pytest.raises(EOFError) as error:
+        ours.recv()
+    assert "worker exited unexpectedly or was killed by signal" in of_the_data(error.value)
+    with pytest.raises(ConnectionError) as error:
+        raise ConnectionError("no network")
+    assert "no network" in of_the_data(error.value), "an error of the data's own keeps its words"
 
 
 @pytest.mark.parametrize(("architecture", "optimizer"), [("gpt2", "adamw"), ("bert", "muon"), ("t5", "muon"), ("bart", "adamw")])
