@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,14 @@ USUAL, LARGE = 0.02, 0.5
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch's Muon and AdamW behind one optimizer: one learning rate, one schedule, one state.
+    """Muon and AdamW behind one optimizer: one learning rate, one schedule, one state.
 
     Muon orthogonalises the momentum of each weight matrix (Jordan et al. 2024); its update is scaled to AdamW's
     typical size (Liu et al. 2025, 2502.16982), so that both share one learning rate. Embeddings, the vocabulary
     projection, norms and biases take AdamW.
+
+    The arithmetic is that of `torch.optim.Muon`, to the same bits, but matrices of one shape go through it together:
+    one product of many small matrices instead of many small products (decision 0015). Sharded matrices are left to torch.
 
     Args:
         groups: parameter groups; each has `muon: bool` and `weight_decay`.
@@ -37,8 +41,8 @@ class MuonAdamW(torch.optim.Optimizer):
         """The parts work on this optimizer's own groups and state."""
         self._parts: list[torch.optim.Optimizer] = []
         for group in self.param_groups:
-            cls = torch.optim.Muon if group["muon"] else torch.optim.AdamW
-            part = cls(group["params"], lr=group["lr"], weight_decay=group["weight_decay"])
+            keys = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+            part: torch.optim.Optimizer = torch.optim.Muon(group["params"], **keys) if group["muon"] else torch.optim.AdamW(group["params"], fused=True, **keys)
             for key, value in part.param_groups[0].items():
                 group.setdefault(key, value)
             part.param_groups, part.state = [group], self.state
@@ -51,9 +55,42 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss: Any = closure() if closure else None
-        for part in self._parts:
-            part.step()
+        for group, part in zip(self.param_groups, self._parts, strict=True):
+            if group["muon"] and not any(hasattr(p, "device_mesh") for p in group["params"]):
+                self._muon(group)
+            else:
+                part.step()
         return loss
+
+    def _muon(self, group: dict[str, Any]) -> None:
+        shapes: dict[torch.Size, list[Any]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                shapes.setdefault(p.shape, []).append(p)
+        for shape, members in shapes.items():
+            grads = [p.grad for p in members]
+            for p in members:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
+            buffers = [self.state[p]["momentum_buffer"] for p in members]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            updates = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov's look ahead
+            updates = orthogonalised(updates, group["ns_coefficients"], group["ns_steps"], group["eps"]).float()
+            torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(members, updates.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+
+def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """bfloat16 [N, A, B]: each matrix with singular values near 1, by the quintic Newton-Schulz iteration (Jordan et al. 2024)."""
+    a, b, c = coefficients
+    x, tall = matrices.bfloat16(), matrices.shape[1] > matrices.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
+    return x.mT if tall else x
 
 
 def muon_groups(model: nn.Module, weight_decay: float, lr: float) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from lmssl import checkpoints
 from lmssl.errors import Interrupted, Stopped, UserError
 from lmssl.evaluation import held_out
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
-from lmssl.optimizers import muon_groups
+from lmssl.optimizers import MuonAdamW, muon_groups
 from lmssl.recipe import PretrainRecipe, pretrain
 from lmssl.watch import of_the_data
 from tests.helpers import OBJECTIVE, SMALL, arguments, small_model, token_set
@@ -53,6 +53,26 @@ def test_embeddings_of_unit_variance_take_steps_of_their_size(shared_dir):
         rate = embeddings.get("lr", 1e-3)
         assert rate == pytest.approx(1e-3 * (50 if architecture == "t5" else 1))
         assert rate * embeddings["weight_decay"] == pytest.approx(1e-4)
+
+
+def test_muon_is_torchs_own():
+    """Matrices of one shape taken together end where torch.optim.Muon takes them one by one; and so does AdamW beside it."""
+    torch.manual_seed(0)
+    shapes = [(32, 32), (64, 32), (32, 32), (32, 64), (64, 32), (100, 32), (32,)]
+    ours, theirs = ([torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(n))) for n, s in enumerate(shapes)] for _ in range(2))
+    groups = [{"params": ours[:5], "muon": True, "weight_decay": 0.1}, {"params": ours[5:], "muon": False, "weight_decay": 0.0}]
+    together = MuonAdamW(groups, lr=1e-2)
+    muon = torch.optim.Muon(theirs[:5], lr=1e-2, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(theirs[5:], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        ours[0].grad = theirs[0].grad = None  # a matrix that no loss reaches is left alone
+        for optimizer in (together, muon, adamw):
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
 
 
 def test_a_worker_killed_while_it_hands_a_batch_over_is_named():
