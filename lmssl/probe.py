@@ -28,7 +28,8 @@ WORTH = 300.0
 """Seconds of training from which on compilation, a minute at most and a third of every step, pays."""
 BETTER = 0.97
 """Of the time of larger micro-batches that a smaller one must need less than: fewer parts are preferred."""
-SMALLEST = 8
+SMALLEST = 1024
+"""Tokens of a micro-batch below which matrix products are too small to be worth a try, unless nothing larger fits."""
 
 
 def recorded(path: Path, section: Mapping[str, Any], sections: tuple[str, ...]) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def fastest(args: TrainingArguments, model: PreTrainedModel, stream: Stream, col
         if seconds.get(size, float("inf")) < BETTER * seconds.get(best, float("inf")):
             best = size
         slower = size in seconds and seconds[size] > 1.2 * seconds[best]
-        if slower or size % 2 or (size // 2 < SMALLEST and seconds):
+        if slower or size % 2 or (size // 2 * stream.row_length < SMALLEST and seconds):
             break
         size //= 2
     if not seconds:

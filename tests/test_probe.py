@@ -37,6 +37,7 @@ def speeds(monkeypatch):
         return given[rows] * rows
 
     monkeypatch.setattr(machine, "pass_seconds", pass_seconds)
+    monkeypatch.setattr(probe, "SMALLEST", 8 * 32)
     return given, asked
 
 

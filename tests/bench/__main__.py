@@ -2,11 +2,12 @@
 
     python -m tests.bench [NAME ...]
 
-With names (objectives, throughput, ...) it runs those alone and leaves the table as it is. The runs to a loss take hours:
+With names (objectives, throughput, ...) it runs those alone and rewrites their rows. The runs to a loss take hours:
 tests/bench/time_to_loss.py. Nothing else may run on the machine meanwhile.
 """
 
 import argparse
+import datetime
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ BEGIN, END = "<!-- benches: written by `make bench` -->", "<!-- end of benches -
 COMMANDS = {
     "objectives": ["tests.bench.objectives"],
     "throughput": ["tests.bench.throughput"],
+    "large": ["tests.bench.throughput", "next_token", "--shape", "large"],
     "memory": ["tests.bench.memory"],
     "preparation": ["tests.bench.preparation", "speed"],
     "startup": ["tests.bench.startup"],
@@ -47,22 +49,31 @@ def shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def table(lines: list[dict[str, Any]]) -> str:
-    """Every line as a row: what was measured, its figures, the command that repeats it."""
-    rows = ["| bench | figures | command |", "|---|---|---|"]
+def rows_of(lines: list[dict[str, Any]]) -> list[str]:
+    """Every line as a row: what was measured, its figures, when, and the command that repeats it."""
+    today, rows = datetime.date.today().isoformat(), []
     for line in lines:
         figures = "; ".join(f"{key.replace('_', ' ')} {shown(value)}" for key, value in line.items() if key not in ("bench", "command"))
-        rows.append(f"| {line['bench']} | {figures} | `{line['command']}` |")
-    return f"{machine()}:\n\n" + "\n".join(rows)
+        rows.append(f"| {line['bench']} | {figures} | {today} | `{line['command']}` |")
+    return rows
+
+
+def kept(commands: set[str]) -> list[str]:
+    """The rows of the page that other commands gave."""
+    text = PAGE.read_text().partition(BEGIN)[2].partition(END)[0]
+    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| bench")]
+    return [row for row in rows if row.rsplit("`", 2)[1] not in commands]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *COMMANDS], metavar="NAME", help=", ".join(COMMANDS))
-    names = parser.parse_args().names
-    lines = [line for name in names or COMMANDS for line in run(COMMANDS[name])]
-    if not names:
-        rewrite(PAGE, BEGIN, END, table(lines))
+    names = parser.parse_args().names or list(COMMANDS)
+    commands = [f"python -m {' '.join(module)}" for module in COMMANDS.values()]
+    rows = rows_of([line for name in names for line in run(COMMANDS[name])])
+    rows += kept({f"python -m {' '.join(COMMANDS[name])}" for name in names})
+    rows.sort(key=lambda row: commands.index(row.rsplit("`", 2)[1]))
+    rewrite(PAGE, BEGIN, END, f"{machine()}:\n\n" + "\n".join(["| bench | figures | date | command |", "|---|---|---|---|", *rows]))
 
 
 if __name__ == "__main__":

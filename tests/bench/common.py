@@ -47,6 +47,19 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "masked": {"architecture": "bert", "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6},
         "span_corruption": {"architecture": "t5", "d_model": 384, "d_kv": 64, "d_ff": 1024, "num_layers": 4, "num_heads": 6, "feed_forward_proj": "gated-gelu"},
     },
+    "large": {
+        "next_token": {
+            "architecture": "llama",
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 12,
+            "tie_word_embeddings": True,
+        },
+        "masked": {"architecture": "bert", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6, "num_attention_heads": 12},
+        "span_corruption": {"architecture": "t5", "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 4, "num_heads": 12, "feed_forward_proj": "gated-gelu"},
+    },
 }
 """Both sides take the same AutoConfig; `middle` has 10M parameters or more beside its embeddings."""
 DROPOUT = {"masked": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "span_corruption": {"dropout_rate": 0.0}, "next_token": {}}
@@ -189,10 +202,11 @@ def _t5_loop(turns: Any, model: Any, data: Any, tokenizer: Any, rows: int, steps
 def ours(
     turns: Any, kind: str, shape: str, folder: str, length: int, rows: int, steps: int, trainer: dict[str, Any], model: dict[str, Any] | None = None, keep: str | None = None
 ) -> None:
-    """lmssl's side: the same weights, trained as `trainer` (a recipe's section) says."""
+    """lmssl's side: the same weights, trained as `trainer` (a recipe's section) says, in turns of a step each."""
     import torch
 
-    from lmssl import arguments, machine
+    from lmssl import arguments, machine, models, probe
+    from lmssl.data.stream import Collator, Stream
     from lmssl.data.tokens import TokenSet
     from lmssl.objectives.base import token_loss
     from lmssl.trainer import PretrainTrainer
@@ -202,9 +216,12 @@ def ours(
     values = arguments.with_steps(arguments.resolve({"output_dir": str(Path(folder).parent / f"ours-{kind}"), **trainer}, defaults), 1)
     made = model_of(kind, shape, tokens, length, **(model or {}))
     objective = objective_of(kind)
+    stream = Stream(tokens, objective, length, 0, rows * steps)
+    values = probe.choose(values, arguments.build(values), made, stream, Collator(objective, length, models.family_of(made.config), stream.vocab.pad))
     runs = PretrainTrainer(made, objective, tokens, arguments.build(values), length, quiet=True, **arguments.own(values))
     flops = machine.step_flops(made, runs.data_collator([runs.train_dataset[0]]), token_loss)
-    turns.facts = {"tokens": rows * objective.row_length(length), "flops": flops * rows, "parameters": sum(p.numel() for p in made.parameters())}
+    micro = values["per_device_train_batch_size"]
+    turns.facts = {"tokens": rows * objective.row_length(length), "flops": flops * rows, "micro_batch": micro, "parameters": sum(p.numel() for p in made.parameters())}
     turns.facts["peak"] = machine.matmul_peak("cpu", torch.bfloat16, torch.get_num_threads())
     runs.add_callback(turns)
     runs.run()

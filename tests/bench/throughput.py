@@ -15,7 +15,16 @@ from typing import Any
 
 from tests.bench.common import KINDS, TOKENIZER, Side, ours, report, stock, texts
 
-ADAMW = {"optimizer": "adamw", "optim": "adamw_torch_fused", "learning_rate": 1e-3, "lr_scheduler_type": "linear", "weight_decay": 0.01, "adam_beta2": 0.999, "torch_compile": True}
+ADAMW = {
+    "optimizer": "adamw",
+    "optim": "adamw_torch_fused",
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "linear",
+    "weight_decay": 0.01,
+    "adam_beta2": 0.999,
+    "torch_compile": True,
+    "batch": "auto",
+}
 
 
 def measure(kind: str, shape: str, rows: int, length: int, pairs: int, steps: int, folder: Path) -> dict[str, Any]:
@@ -40,10 +49,11 @@ def measure(kind: str, shape: str, rows: int, length: int, pairs: int, steps: in
     more = {
         "parameters": facts["parameters"],
         "batch_tokens": facts["tokens"],
+        "micro_batch_rows": facts["micro_batch"],
         "tokens_per_second": round(facts["tokens"] / best),
         "matmul_share": round(facts["flops"] / best / facts["peak"], 3),
     }
-    return report(f"throughput {kind} {shape}", spent[0], spent[1], **more)
+    return report(f"throughput {kind} {shape}", *([1000 * s for s in side] for side in spent), unit="1,000 tokens", **more)
 
 
 def main() -> None:
