@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ AUTO = {"decoder": AutoModelForCausalLM, "encoder": AutoModelForMaskedLM, "encod
 SHORT_ROW = 256
 """Tokens up to which attention on a CPU is faster as plain matrix products."""
 POSITIONS = ("max_position_embeddings", "n_positions")
+AMPLITUDE, SLOW = 8.0, 0.03
+"""Of positions that begin as sinusoids: their root mean square over that of other embeddings; their learning rate over that of other embeddings."""
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -86,6 +89,8 @@ def config_of(section: Mapping[str, Any], where: str = "model") -> PretrainedCon
         raise UserError(f"{where}.architecture: no architecture '{architecture}' in transformers {transformers.__version__}; {did_you_mean(architecture, choices)}")
     cls = transformers.CONFIG_MAPPING[architecture]
     keys.pop("attn_implementation", None)
+    if (init := keys.pop("init", "local")) not in ("local", "default"):
+        raise UserError(f"{where}.init: expected local or default, got {init!r}")
     check_keys(keys, known_keys(cls), where)
     try:
         return cls(**keys)
@@ -147,7 +152,31 @@ def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_le
         raise
     except Exception as error:
         raise UserError(f"model: {config.model_type} cannot be built from this configuration: {' '.join(str(error).split())}") from error
+    if section.get("init", "local") == "local":
+        begin_local(model)
     return model.float()
+
+
+@torch.no_grad()
+def begin_local(model: PreTrainedModel) -> None:
+    """Where positions are learned and queries and keys are maps of their own (BERT and its kin), begin by looking near by.
+
+    Positions begin as sinusoids (Vaswani et al. 2017, 1706.03762), large enough to count and slow to change; queries and keys
+    begin as one orthogonal map, so that a token attends to what resembles it, which is first of all what stands beside
+    it (compare Trockman and Kolter 2023, 2305.09828). From the usual start a small post-norm BERT reads its text as a bag of words for
+    millions of tokens (docs/log.md). Every other architecture is left as transformers draws it.
+    """
+    for module in model.modules():
+        query, key, table = (getattr(module, name, None) for name in ("query", "key", "position_embeddings"))
+        if isinstance(query, nn.Linear) and isinstance(key, nn.Linear) and query.weight.shape == key.weight.shape:
+            key.weight.copy_(nn.init.orthogonal_(query.weight))
+        if isinstance(table, nn.Embedding):
+            count, width = table.weight.shape
+            first = 0 if table.padding_idx is None else table.padding_idx + 1
+            at = torch.arange(count - first)[:, None] / 1000.0 ** (torch.arange(0, width, 2) / width)
+            size = math.sqrt(2) * AMPLITUDE * getattr(model.config, "initializer_range", 0.02)
+            table.weight[first:] = size * torch.cat([at.sin(), at.cos()], 1)[:, :width]
+            table.weight.lmssl_rate = SLOW  # type: ignore[attr-defined]
 
 
 def attention(length: int, section: Mapping[str, Any] = {}) -> dict[str, Any]:

@@ -98,7 +98,8 @@ def muon_groups(model: nn.Module, weight_decay: float, lr: float) -> list[dict[s
 
     T5 draws its embeddings from N(0, 1), 50 times the usual size, and was trained by steps relative to the size of what
     they change (Adafactor; Shazeer and Stern 2018, 1804.04235, section 8). Such a matrix gets a learning rate larger by as much, and
-    a weight decay smaller by as much.
+    a weight decay smaller by as much. A matrix with a rate of its own (`lmssl_rate`, see models.begin_local) gets that share of the
+    learning rate.
     """
     outer = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
@@ -109,11 +110,13 @@ def muon_groups(model: nn.Module, weight_decay: float, lr: float) -> list[dict[s
     vectors = [p for p in trained if p.ndim < 2]
     groups = [
         {"params": inner, "muon": True, "weight_decay": weight_decay},
-        {"params": [p for p, size in sizes if size < LARGE], "muon": False, "weight_decay": weight_decay},
+        {"params": [p for p, size in sizes if size < LARGE and not hasattr(p, "lmssl_rate")], "muon": False, "weight_decay": weight_decay},
         {"params": vectors, "muon": False, "weight_decay": 0.0},
     ]
     for p, size in sizes:
-        if size >= LARGE:
+        if hasattr(p, "lmssl_rate"):
+            groups.append({"params": [p], "muon": False, "lr": lr * p.lmssl_rate, "weight_decay": 0.0})
+        elif size >= LARGE:
             groups.append({"params": [p], "muon": False, "lr": lr * size / USUAL, "weight_decay": weight_decay * USUAL / size})
     return [g for g in groups if g["params"]]
 

@@ -13,6 +13,7 @@ from lmssl import models
 from lmssl.errors import UserError
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
 from lmssl.objectives.toy import vocab
+from lmssl.optimizers import muon_groups
 from tests.helpers import OBJECTIVE, SMALL, arguments, sentences, small_model, token_set, tokenizer
 
 VOCAB = vocab(64)
@@ -113,6 +114,31 @@ def test_everything_comes_from_the_tokenizer(architecture):
         assert config.decoder_start_token_id == VOCAB.start
     needed = max(n for ns in OBJECTIVE[architecture].lengths(40).values() for n in ns)
     assert models.max_length(config) in (None, needed)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_learned_positions_begin_by_looking_near_by(architecture):
+    """A token's attention at the start prefers its neighbours, more the nearer they are; the usual start has no preference."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+    def attention(init):
+        model = models.build({"architecture": architecture, "init": init, "attn_implementation": "eager", **sizes}, VOCAB, MaskedTokens(), 64, 0).eval()
+        ids = torch.randint(20, 60, (8, 64), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            seen = model(input_ids=ids, output_attentions=True).attentions[0].mean((0, 1))
+        return model, {d: seen.diagonal(d).mean().item() * 64 for d in (0, 1, 4, 30)}
+
+    model, near = attention("local")
+    assert near[0] > near[1] > near[4] > near[30]
+    assert near[1] > 2 * near[30]
+    flat = attention("default")[1]
+    assert all(abs(share - 1) < 0.1 for share in flat.values())
+    table = model.base_model.embeddings.position_embeddings
+    if table.padding_idx is not None:
+        assert not table.weight[table.padding_idx].any(), "padding stands nowhere"
+    (group,) = (g for g in muon_groups(model, 0.1, 1e-3) if any(p is table.weight for p in g["params"]))
+    assert group["lr"] == pytest.approx(1e-3 * models.SLOW)
+    assert sum(len(g["params"]) for g in muon_groups(model, 0.1, 1e-3)) == len(list(model.parameters()))
 
 
 def test_families():
