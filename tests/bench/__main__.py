@@ -35,7 +35,7 @@ def run(module: list[str]) -> list[dict[str, Any]]:
     with subprocess.Popen([sys.executable, "-m", *module], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         for line in process.stdout:
-            if line.startswith("{"):
+            if line.startswith('{"'):
                 print(line, end="", flush=True)
                 found.append(json.loads(line) | {"command": f"python -m {' '.join(module)}"})
     if process.returncode:
