@@ -145,12 +145,13 @@ def hardware_defaults() -> dict[str, Any]:
     """bf16 where the hardware has it natively; the CPU where there is no accelerator."""
     import torch
 
+    from lmssl.machine import native_bf16
+
     if torch.cuda.is_available():
-        return {"bf16": torch.cuda.is_bf16_supported(including_emulation=False), "use_cpu": False}
+        return {"bf16": native_bf16("cuda"), "use_cpu": False}
     if torch.backends.mps.is_available():
         return {"bf16": False, "use_cpu": False}
-    native = any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return {"bf16": native, "use_cpu": True}
+    return {"bf16": native_bf16("cpu"), "use_cpu": True}
 
 
 def pretrain_defaults() -> dict[str, Any]:

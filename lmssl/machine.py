@@ -20,6 +20,19 @@ SIZES = {"cpu": (1024, 2048), "other": (4096, 8192)}
 
 
 @functools.cache
+def native_bf16(device: str) -> bool:
+    """Whether a kind of device ("cpu", "cuda", ...) multiplies bfloat16 in hardware.
+
+    Where a CPU does not, a product in bfloat16 takes some hundred times as long as one in float32.
+    """
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return False
+
+
+@functools.cache
 def matmul_peak(device: str, dtype: torch.dtype, threads: int, seconds: float = 0.2) -> float:
     """FLOP/s of a square matrix product: the best of the repetitions that fit into some seconds.
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmssl import machine
+
 USUAL, LARGE = 0.02, 0.5
 """Root mean square of embeddings as most architectures draw them, and from where on they count as drawn from N(0, 1)."""
 
@@ -20,8 +22,9 @@ class MuonAdamW(torch.optim.Optimizer):
     typical size (Liu et al. 2025, 2502.16982), so that both share one learning rate. Embeddings, the vocabulary
     projection, norms and biases take AdamW.
 
-    The arithmetic is that of `torch.optim.Muon`, to the same bits, but matrices of one shape go through it together:
-    one product of many small matrices instead of many small products (decision 0015). Sharded matrices are left to torch.
+    The arithmetic is that of `torch.optim.Muon`, to the same bits (float32 where the hardware has no bfloat16), but matrices
+    of one shape go through it together: one product of many small matrices instead of many small products (decision
+    0015). Sharded matrices are left to torch.
 
     Args:
         groups: parameter groups; each has `muon: bool` and `weight_decay`.
@@ -81,9 +84,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """bfloat16 [N, A, B]: each matrix with singular values near 1, by the quintic Newton-Schulz iteration (Jordan et al. 2024)."""
+    """[N, A, B]: each matrix with singular values near 1, by the quintic Newton-Schulz iteration (Jordan et al. 2024).
+
+    In bfloat16, or in float32 where the hardware does not multiply bfloat16 itself.
+    """
     a, b, c = coefficients
-    x, tall = matrices.bfloat16(), matrices.shape[1] > matrices.shape[2]
+    x, tall = matrices.to(torch.bfloat16 if machine.native_bf16(matrices.device.type) else torch.float32), matrices.shape[1] > matrices.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):

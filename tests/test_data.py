@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -181,6 +182,26 @@ def test_token_set_holds_every_document_once(tmp_path):
         for piece in np.split(ids, np.flatnonzero(ids == tokenizer().id("eos")) + 1)[:-1]:
             decoded.add(tokenizer().decode(piece[1:-1]))
     assert decoded == set(texts)
+
+
+def test_a_token_set_is_an_ordinary_datasets_folder_either_way(tmp_path):
+    import datasets
+
+    texts = sentences(300)
+    made = lmssl.from_iterable(texts, tokenizer(), tmp_path / "t", 0.1)
+    for split in ("train", "held_out"):
+        read = datasets.load_from_disk(str(tmp_path / "t" / split))
+        assert len(read) == made.manifest[split]["documents"]
+        assert sum(read["bytes"]) == made.manifest[split]["bytes"]
+        part = lmssl.TokenSet(tmp_path / "t", split)
+        assert np.array_equal(np.concatenate(read["input_ids"]), part._slice(0, part.tokens))
+        # What datasets has written again, in shards, is still a token set.
+        shutil.rmtree(tmp_path / "t2", ignore_errors=True)
+        shutil.copytree(tmp_path / "t", tmp_path / "t2")
+        read.save_to_disk(str(tmp_path / "t2" / split), num_shards=3)
+        again = lmssl.TokenSet(tmp_path / "t2", split)
+        assert (again.documents, again.tokens) == (part.documents, part.tokens)
+        assert all(np.array_equal(again.row(k, 32, 0).ids, part.row(k, 32, 0).ids) for k in range(part.rows(32)))
 
 
 def test_held_out_is_by_content_and_never_empty(tmp_path):

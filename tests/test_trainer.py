@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import lmssl
-from lmssl import checkpoints
+from lmssl import checkpoints, machine
 from lmssl.errors import Interrupted, Stopped, UserError
 from lmssl.evaluation import held_out
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
-from lmssl.optimizers import MuonAdamW, muon_groups
+from lmssl.optimizers import MuonAdamW, muon_groups, orthogonalised
 from lmssl.recipe import PretrainRecipe, pretrain
 from lmssl.watch import of_the_data
 from tests.helpers import OBJECTIVE, SMALL, arguments, small_model, token_set
@@ -55,8 +55,9 @@ def test_embeddings_of_unit_variance_take_steps_of_their_size(shared_dir):
         assert rate * embeddings["weight_decay"] == pytest.approx(1e-4)
 
 
-def test_muon_is_torchs_own():
+def test_muon_is_torchs_own(monkeypatch):
     """Matrices of one shape taken together end where torch.optim.Muon takes them one by one; and so does AdamW beside it."""
+    monkeypatch.setattr(machine, "native_bf16", lambda device: True)
     torch.manual_seed(0)
     shapes = [(32, 32), (64, 32), (32, 32), (32, 64), (64, 32), (100, 32), (32,)]
     ours, theirs = ([torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(n))) for n, s in enumerate(shapes)] for _ in range(2))
@@ -73,6 +74,20 @@ def test_muon_is_torchs_own():
             optimizer.step()
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_orthogonalised_is_near_the_polar_factor(native, monkeypatch):
+    """In float32 where there is no bfloat16 in hardware: the iteration pulls every singular value into 0.7 to 1.2."""
+    monkeypatch.setattr(machine, "native_bf16", lambda device: native)
+    matrices = torch.randn(3, 48, 20, generator=torch.Generator().manual_seed(0))
+    done = orthogonalised(matrices, (3.4445, -4.775, 2.0315), 5, 1e-7)
+    assert done.dtype == (torch.bfloat16 if native else torch.float32)
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    values = torch.linalg.diagonal(u.mT @ done.float() @ v.mT)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    assert torch.allclose(done.float(), u @ torch.diag_embed(values) @ v, atol=0.02), "the singular vectors are kept"
 
 
 def test_a_worker_killed_while_it_hands_a_batch_over_is_named():

@@ -32,6 +32,7 @@ from lmssl.tokenization import Tokenizer
 log = logging.getLogger("lmssl")
 
 FORMAT = 1
+DATA = "data-00000-of-00001.arrow"
 BATCH_CHARACTERS = 2**21
 
 
@@ -66,7 +67,11 @@ class _Seen:
 
 
 class _Writer:
-    """One split on its way to disk."""
+    """One split on its way to disk: an ordinary `datasets` folder.
+
+    Written without `datasets`, whose import takes longer than preparing a small text, and whose save_to_disk would copy
+    a large one once more.
+    """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
         import pyarrow as pa
@@ -75,8 +80,7 @@ class _Writer:
         self._ids = pa.uint16() if tokenizer.size <= 2**16 else pa.int32()
         self._schema = pa.schema({"input_ids": pa.list_(self._ids), "bytes": pa.int64()})
         folder.mkdir(parents=True)
-        self._path = folder / "rows.arrow"
-        self._stream = pa.ipc.new_stream(str(self._path), self._schema)
+        self._stream = pa.ipc.new_stream(str(folder / DATA), self._schema)
         self._texts: list[str] = []
         self._held = 0
         self.documents = self.tokens = self.bytes = 0
@@ -93,30 +97,28 @@ class _Writer:
         if not self._texts:
             return
         encoded = self._tokenizer.encode(self._texts)
-        sizes = [len(t.encode()) for t in self._texts]
+        sizes = np.array([len(t.encode()) for t in self._texts], np.int64)
         offsets = np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int32)
-        values = pa.array(np.concatenate(encoded).astype(self._ids.to_pandas_dtype()))
-        lists = pa.ListArray.from_arrays(pa.array(offsets), values)
-        self._stream.write_batch(pa.record_batch([lists, pa.array(sizes, pa.int64())], schema=self._schema))
+        values = np.concatenate(encoded).astype(self._ids.to_pandas_dtype())
+
+        def array(kind: pa.DataType, numbers: np.ndarray, *children: pa.Array) -> pa.Array:  # pa.array would import pandas
+            count = len(numbers) - 1 if children else len(numbers)
+            return pa.Array.from_buffers(kind, count, [None, pa.py_buffer(numbers)], children=list(children) or None)
+
+        lists = array(self._schema.field("input_ids").type, offsets, array(self._ids, values))
+        self._stream.write_batch(pa.record_batch([lists, array(pa.int64(), sizes)], schema=self._schema))
         self.documents += len(self._texts)
         self.tokens += int(offsets[-1])
-        self.bytes += sum(sizes)
+        self.bytes += int(sizes.sum())
         self._texts, self._held = [], 0
 
-    def close(self, target: Path) -> dict[str, int]:
-        """Finish, and leave an ordinary `datasets` folder at `target`."""
+    def close(self) -> dict[str, int]:
+        """Finish; returns the counts."""
         self._flush()
         self._stream.close()
-        import datasets
-
-        shown = datasets.are_progress_bars_disabled()
-        datasets.disable_progress_bars()
-        try:
-            datasets.Dataset.from_file(str(self._path)).save_to_disk(str(target))
-        finally:
-            if not shown:
-                datasets.enable_progress_bars()
-        shutil.rmtree(self._folder)
+        state: dict[str, Any] = {"_data_files": [{"filename": DATA}], "_fingerprint": os.urandom(8).hex(), "_format_columns": None, "_format_kwargs": {}, "_format_type": None}
+        (self._folder / "state.json").write_text(json.dumps(state | {"_output_all_columns": False, "_split": None}, indent=1) + "\n", encoding="utf-8")
+        (self._folder / "dataset_info.json").write_text("{}\n", encoding="utf-8")  # the features follow from the Arrow schema
         return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
 
 
@@ -146,7 +148,7 @@ def write(
     stage = out.with_name(f"{out.name}.part-{os.getpid()}")
     shutil.rmtree(stage, ignore_errors=True)
     seen, duplicates, leaks = _Seen(), 0, 0
-    train, held = _Writer(stage / "train.part", tokenizer), _Writer(stage / "held_out.part", tokenizer)
+    train, held = _Writer(stage / "train", tokenizer), _Writer(stage / "held_out", tokenizer)
     limit = below(held_out) if isinstance(held_out, int | float) else 0
     waiting: tuple[int, str] | None = None  # the smallest hash so far: held out if nothing lies below the limit
     try:
@@ -171,7 +173,7 @@ def write(
                 train.add(text)
         if waiting:
             (train if any_held else held).add(waiting[1])
-        counts = {"train": train.close(stage / "train"), "held_out": held.close(stage / "held_out")}
+        counts = {"train": train.close(), "held_out": held.close()}
         if not counts["train"]["documents"]:
             names = ", ".join(s["path"] for s in (sources or [])[:3])
             raise UserError(
@@ -246,6 +248,11 @@ def _progress(total: int, quiet: bool) -> Any:
     return tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=quiet or None, leave=False)
 
 
+def _numbers(array: Any) -> np.ndarray:
+    """A view of an Arrow array of numbers without nulls; its own to_numpy would import pandas."""
+    return np.frombuffer(array.buffers()[1], array.type.to_pandas_dtype())[array.offset : array.offset + len(array)]
+
+
 class TokenSet:
     """A prepared token set; rows are cut from its documents laid end to end.
 
@@ -256,19 +263,20 @@ class TokenSet:
     """
 
     def __init__(self, folder: str | Path, split: str = "train"):
-        import datasets
+        import pyarrow as pa
 
         self.folder, self.split = Path(folder), split
         try:
             self.manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-            table = datasets.load_from_disk(str(self.folder / split)).data if self.manifest[split]["documents"] else None
-        except (OSError, ValueError, KeyError) as error:
+            files = json.loads((self.folder / split / "state.json").read_text(encoding="utf-8"))["_data_files"] if self.manifest[split]["documents"] else []
+            tables = [pa.ipc.open_stream(pa.memory_map(str(self.folder / split / f["filename"]))).read_all() for f in files]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: not a token set (made by `lmssl prepare`): {error}") from None
         # Zero-copy views of the memory-mapped Arrow buffers, and the running number of each document's first token.
-        chunks = [c for c in table.column("input_ids").chunks if len(c)] if table else []
-        self._values = [c.flatten().to_numpy(zero_copy_only=True) for c in chunks]
+        chunks = [c for table in tables for c in table.column("input_ids").chunks if len(c)]
+        self._values = [_numbers(c.flatten()) for c in chunks]
         self._chunk_starts = np.concatenate([[0], np.cumsum([len(v) for v in self._values])]).astype(np.int64)
-        counts = [np.diff(c.offsets.to_numpy()) for c in chunks]
+        counts = [np.diff(_numbers(c.offsets)) for c in chunks]
         self._starts = np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)[:-1]
         self.documents, self.tokens = len(self._starts), int(self._chunk_starts[-1])
 
