@@ -61,8 +61,14 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """Name, cores, and the vector instructions that torch uses: two of one name may differ eightfold in bfloat16."""
+    import torch
+
+    from lmssl.machine import native_bf16
+
+    kind = torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if native_bf16("cpu") else "")
     try:
         names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        return f"{names[0]}, {len(names)} cores"
+        return f"{names[0]}, {len(names)} cores, {kind}"
     except (OSError, IndexError):
-        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {kind}"

@@ -48,7 +48,7 @@ WITHIN = [
     ["tasks.base", "tasks.generation", "tasks.translation"],
 ]
 """Inside one floor: a later one may import the earlier."""
-BESIDE = {("data", "tokenization"), ("evaluation", "data"), ("objectives", "config"), ("objectives", "errors"), ("cards", "report"), ("watch", "data")}
+BESIDE = {("data", "tokenization"), ("output", "machine"), ("evaluation", "data"), ("objectives", "config"), ("objectives", "errors"), ("cards", "report"), ("watch", "data")}
 """Imports between siblings that the design allows: tokens need a tokenizer, evaluation needs rows, dropout is keyed like them."""
 TOP = {"pyproject.toml", "README.md", "lmssl", "recipes", "tests", "tokenizer_assets", "docs", "LICENSE", "Makefile", "constraints.txt"}
 

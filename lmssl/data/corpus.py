@@ -329,15 +329,12 @@ def _lines(stream: IO[bytes], path: str, bad: BadRecords) -> Iterator[tuple[int,
             raise UserError(f"{path}:{number}: the gzip data is damaged: {error}") from None
         if not line:
             return
-        if line == b"\n":  # the rest would take four times as long, and blank lines come by the million
-            yield number, ""
-            continue
         if number == 1:
             if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise UserError(f"{path}:1: is UTF-16; convert it to UTF-8")
             line = line.removeprefix(b"\xef\xbb\xbf")
         try:
-            yield number, _text_of(line, f"{path}:{number}")
+            yield number, "" if line == b"\n" else _text_of(line, f"{path}:{number}")  # blank ones may come by the million
         except UserError as error:
             bad(error)
             # Its quotes still tell a table where the record ends that it spoils.

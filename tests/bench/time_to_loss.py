@@ -37,6 +37,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 STOCK = {"next_token": (4000, 32, 1e-3), "masked": (4000, 32, 1e-3), "span_corruption": (4000, 32, 1e-3)}
 """Steps, rows and learning rate of the stock side, from the grid in docs/log.md."""
 LENGTH, HELD_OUT = 128, 0.005
+SCORED_AS = {"next_token": [], "masked": ["objective.rate=0.15", "objective.unit=token"], "span_corruption": []}
+"""What both checkpoints are scored with, whatever they were trained with: for masked tokens the stock side's own noise."""
 
 
 class Whole:
@@ -93,15 +95,15 @@ def train_stock(kind: str, shape: str, text: str, seed: int, steps: int, rows: i
     print(json.dumps({"seconds": round(whole.last - whole.first, 1), "tokens": whole.facts["tokens"] * steps}))
 
 
-def scored(checkpoint: Path, recipe: Path) -> float:
-    """Held-out loss by lmssl's evaluator, with the recipe's data and the objective's fixed held-out rate."""
+def scored(kind: str, checkpoint: Path, recipe: Path) -> float:
+    """Held-out loss by lmssl's evaluator, with the recipe's data and SCORED_AS."""
     if not (checkpoint / "recipe.yaml").exists():
         shutil.copy(recipe, checkpoint / "recipe.yaml")
-    subprocess.run([sys.executable, "-m", "lmssl", "evaluate", str(checkpoint)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "lmssl", "evaluate", str(checkpoint), *SCORED_AS[kind]], cwd=ROOT, check=True, capture_output=True)
     return round(float(json.loads((checkpoint / "metrics.json").read_text())["held_out"]["loss"]), 4)
 
 
-def side(name: str, command: list[str], recipe: Path, out: Path) -> dict[str, Any]:
+def side(kind: str, name: str, command: list[str], recipe: Path, out: Path) -> dict[str, Any]:
     """One run with empty caches, scored; or what it gave before."""
     kept = out / f"{name}.json"
     if kept.exists():
@@ -118,7 +120,7 @@ def side(name: str, command: list[str], recipe: Path, out: Path) -> dict[str, An
     else:
         metrics = json.loads((out / "ours" / "metrics.json").read_text())
         facts = {"seconds": round(metrics["seconds"], 1), "tokens": metrics["tokens"], "matmul_share": metrics["matmul_share"]}
-    facts |= {"cold_seconds": round(cold, 1), "loss": scored(out / name, recipe)}
+    facts |= {"cold_seconds": round(cold, 1), "loss": scored(kind, out / name, recipe)}
     kept.write_text(json.dumps(facts))
     print(json.dumps({"run": f"{out.name} {name}", **facts}), flush=True)
     return facts
@@ -151,7 +153,7 @@ def main() -> None:
             "stock": [sys.executable, "-m", "tests.bench.time_to_loss", kind, "--side", "train-stock", "--out", str(out), *ask],
             "ours": [sys.executable, "-m", "lmssl", "pretrain", str(recipe), "--overwrite", *overrides],
         }
-        pairs.append({name: side(name, commands[name], recipe, out) for name in ("stock", "ours") if options.side in (None, name)})
+        pairs.append({name: side(kind, name, commands[name], recipe, out) for name in ("stock", "ours") if options.side in (None, name)})
     if options.side is None:
         line: dict[str, Any] = {"bench": f"time to loss, {kind}", "stock": f"{steps} steps of {rows} rows at {rate}", "pairs": len(pairs)}
         line["reached"] = sum(p["ours"]["loss"] <= p["stock"]["loss"] for p in pairs)
