@@ -21,6 +21,7 @@ _NAMES = {
     "load_tokenizer": "lmssl.tokenization:load",
     "train_tokenizer": "lmssl.tokenization:train",
     "build_model": "lmssl.models:build",
+    "begin_from_text": "lmssl.beginnings",
     "PretrainTrainer": "lmssl.trainer",
     "pretrain": "lmssl.recipe",
     "finetune": "lmssl.recipe",

@@ -89,8 +89,8 @@ def config_of(section: Mapping[str, Any], where: str = "model") -> PretrainedCon
         raise UserError(f"{where}.architecture: no architecture '{architecture}' in transformers {transformers.__version__}; {did_you_mean(architecture, choices)}")
     cls = transformers.CONFIG_MAPPING[architecture]
     keys.pop("attn_implementation", None)
-    if (init := keys.pop("init", "local")) not in ("local", "default"):
-        raise UserError(f"{where}.init: expected local or default, got {init!r}")
+    if (init := keys.pop("init", "text")) not in ("text", "local", "default"):
+        raise UserError(f"{where}.init: expected text, local or default, got {init!r}")
     check_keys(keys, known_keys(cls), where)
     try:
         return cls(**keys)
@@ -152,7 +152,7 @@ def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_le
         raise
     except Exception as error:
         raise UserError(f"model: {config.model_type} cannot be built from this configuration: {' '.join(str(error).split())}") from error
-    if section.get("init", "local") == "local":
+    if section.get("init", "text") != "default":
         begin_local(model)
     return model.float()
 

@@ -260,7 +260,7 @@ def assemble(recipe: PretrainRecipe, objective: Objective, tokenizer: Tokenizer,
         objective, tokenizer: of `check`.
         values: of `arguments.resolve`.
     """
-    from lmssl import models, probe
+    from lmssl import beginnings, models, probe
     from lmssl.trainer import PretrainTrainer
 
     token_set = prepared(recipe.data, tokenizer, quiet=quiet)
@@ -268,6 +268,8 @@ def assemble(recipe: PretrainRecipe, objective: Objective, tokenizer: Tokenizer,
     args, length = arguments.build(values), recipe.data.seq_length
     stream = Stream(token_set, objective, length, args.seed, args.max_steps * arguments.global_batch(values), _start(recipe))
     model = models.build(recipe.model, stream.vocab, objective, length, args.seed)
+    if "from" not in recipe.model and recipe.model.get("init", "text") == "text":
+        beginnings.begin_from_text(model, token_set, args.seed)
     values = probe.choose(values, args, model, stream, Collator(objective, length, models.family_of(model.config), stream.vocab.pad))
     args = arguments.build(values)
     return PretrainTrainer(model, objective, token_set, args, recipe.data.seq_length, quiet=quiet, **arguments.own(values)), values

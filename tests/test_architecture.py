@@ -26,6 +26,7 @@ FLOORS = {
     "likelihood": 1,
     "watch": 1,
     "probe": 2,
+    "beginnings": 2,
     "trainer": 2,
     "tasks": 3,
     "report": 3,

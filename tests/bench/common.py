@@ -156,7 +156,7 @@ def stock(
 
     transformers.set_seed(seed)
     # The attention that transformers chooses by itself; lmssl's choice for short rows is one of the things compared.
-    model = model_of(kind, shape, TokenSet(folder), length, seed, attn_implementation="sdpa")
+    model = model_of(kind, shape, TokenSet(folder), length, seed, init="default", attn_implementation="sdpa")
     data, tokenizer = grouped((t for t in texts(source, most) if content_hash(t) >= below(held_out)), length, os.cpu_count() or 1)
     turns.facts = {"tokens": rows * length, "parameters": sum(p.numel() for p in model.parameters())}
     if kind == "span_corruption":

@@ -1,13 +1,14 @@
 """Wall-clock to the stock script's final held-out loss, side by side: hours, so `make bench` leaves it out.
 
-    python -m tests.bench.time_to_loss KIND --text FILES --out FOLDER [--seeds 0 1 2] [--stock-steps N --stock-rows R --stock-rate LR] [overrides]
+    python -m tests.bench.time_to_loss KIND --text FILES --out FOLDER [--seeds 0 1 2] [--minutes 20] [--stock-rows R --stock-rate LR] [overrides]
 
 Both start from one AutoConfig, tokenizer and text. For each seed the stock side trains its steps to the end and is scored
 by lmssl's evaluator on the same isolated held-out rows and, for masked tokens, the same 15% masks; then lmssl trains by
 RECIPES, and is scored by the same. Every run is a process of its own that begins with empty caches. `seconds` are of the
 training alone; `cold_seconds` count everything from launch to the saved model: imports, preparation, compilation.
 
-What a run gave stays in FOLDER/KIND-SEED/SIDE.json, and a second call does not repeat it. `--side stock` runs one side
+The stock side's steps are those of --minutes on this machine, found once by timing a few and the same for every seed;
+`--stock-steps` says them instead. What a run gave stays in FOLDER/KIND-SEED/SIDE.json, and a second call does not repeat it. `--side stock` runs one side
 alone: so the grid of stock rates and batches was searched.
 """
 
@@ -29,13 +30,13 @@ from lmssl import config
 from tests.bench.common import DROPOUT, ROOT, SHAPES, TOKENIZER
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    "next_token": {"objective": {"name": "next_token"}, "trainer": {"per_device_train_batch_size": 16, "max_steps": 2000}},
-    "masked": {"objective": {"name": "masked", "rate": 0.3, "unit": "word"}, "trainer": {"per_device_train_batch_size": 16, "max_steps": 2000}},
-    "span_corruption": {"objective": {"name": "span_corruption"}, "trainer": {"per_device_train_batch_size": 16, "max_steps": 2000}},
+    "next_token": {"objective": {"name": "next_token"}, "trainer": {"max_steps": 1000, "learning_rate": 6e-3}},
+    "masked": {"objective": {"name": "masked", "rate": 0.3}, "trainer": {"max_steps": 500, "learning_rate": 6e-3}},
+    "span_corruption": {"objective": {"name": "span_corruption"}, "trainer": {"max_steps": 1000, "learning_rate": 3e-3}},
 }
 """lmssl's own side: what its recipes say, whatever the stock side does."""
-STOCK = {"next_token": (4000, 32, 1e-3), "masked": (4000, 32, 1e-3), "span_corruption": (4000, 32, 1e-3)}
-"""Steps, rows and learning rate of the stock side, from the grid in docs/log.md."""
+STOCK = {"next_token": (16, 2e-3), "masked": (16, 2e-3), "span_corruption": (16, 1e-3)}
+"""Rows and learning rate of the stock side, from the grid in docs/log.md."""
 LENGTH, HELD_OUT = 128, 0.005
 SCORED_AS = {"next_token": [], "masked": ["objective.rate=0.15", "objective.unit=token"], "span_corruption": []}
 """What both checkpoints are scored with, whatever they were trained with: for masked tokens the stock side's own noise."""
@@ -70,7 +71,11 @@ class Whole:
 
 def recipe_of(kind: str, shape: str, text: str, seed: int, out: Path) -> Path:
     """lmssl's recipe of a kind, written."""
-    trainer = RECIPES[kind]["trainer"] | {"output_dir": str(out / "ours"), "seed": seed, "save_strategy": "no", "torch_compile": True}
+    trainer = (
+        RECIPES[kind]["trainer"]
+        | {"per_device_train_batch_size": 16, "lr_scheduler_type": "linear"}
+        | {"output_dir": str(out / "ours"), "seed": seed, "save_strategy": "no", "torch_compile": True}
+    )
     data = {"text": text, "tokenizer": TOKENIZER, "seq_length": LENGTH, "held_out": HELD_OUT}
     path = out / "recipe.yaml"
     path.write_text(config.dump({"data": data, "model": SHAPES[shape][kind] | DROPOUT[kind], "objective": RECIPES[kind]["objective"], "trainer": trainer}))
@@ -126,11 +131,23 @@ def side(kind: str, name: str, command: list[str], recipe: Path, out: Path) -> d
     return facts
 
 
+def steps_of(minutes: float, trains: list[str], kept: Path) -> int:
+    """The steps that the stock side takes in so many minutes; timed once, then kept."""
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as out:
+            done = subprocess.run([*trains, "--out", out, "--stock-steps", "60"], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        seconds = json.loads(done.stdout.strip().splitlines()[-1])["seconds"]
+        kept.write_text(json.dumps({"steps": round(1.05 * minutes * 60 / seconds * 60)}))
+    return int(json.loads(kept.read_text())["steps"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=RECIPES)
     parser.add_argument("--shape", default="small")
     parser.add_argument("--text", required=True)
+    parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--stock-steps", type=int)
     parser.add_argument("--stock-rows", type=int)
     parser.add_argument("--stock-rate", type=float)
@@ -139,18 +156,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options, overrides = parser.parse_known_args()
     kind, usual = options.kind, STOCK[options.kind]
-    steps, rows, rate = options.stock_steps or usual[0], options.stock_rows or usual[1], options.stock_rate or usual[2]
+    steps, rows, rate = options.stock_steps, options.stock_rows or usual[0], options.stock_rate or usual[1]
     if options.side == "train-stock":
         train_stock(kind, options.shape, options.text, options.seeds[0], steps, rows, rate, options.out)
         return
+    shared = ["--shape", options.shape, "--text", options.text, "--stock-rows", str(rows), "--stock-rate", str(rate)]
+    trains = [sys.executable, "-m", "tests.bench.time_to_loss", kind, "--side", "train-stock", *shared]
+    if steps is None and options.side != "ours":
+        steps = steps_of(options.minutes, trains, options.out / f"{kind}-steps.json")
     pairs = []
     for seed in options.seeds:
         out = (options.out / f"{kind}-{seed}").resolve()
         out.mkdir(parents=True, exist_ok=True)
         recipe = recipe_of(kind, options.shape, options.text, seed, out)
-        ask = ["--shape", options.shape, "--text", options.text, "--stock-steps", str(steps), "--stock-rows", str(rows), "--stock-rate", str(rate), "--seeds", str(seed)]
         commands = {
-            "stock": [sys.executable, "-m", "tests.bench.time_to_loss", kind, "--side", "train-stock", "--out", str(out), *ask],
+            "stock": [*trains, "--out", str(out), "--stock-steps", str(steps), "--seeds", str(seed)],
             "ours": [sys.executable, "-m", "lmssl", "pretrain", str(recipe), "--overwrite", *overrides],
         }
         pairs.append({name: side(kind, name, commands[name], recipe, out) for name in ("stock", "ours") if options.side in (None, name)})
