@@ -19,12 +19,12 @@ from lmssl.data.tokens import TokenSet
 
 log = logging.getLogger("lmssl")
 
-BLOCK, MOST_BLOCKS = 2**16, 96
-"""Tokens are counted in so many blocks of this size, spread evenly over the text: 6.3 million at most."""
+BLOCK, MOST_BLOCKS = 2**16, 32
+"""Tokens are counted in so many blocks of this size, spread evenly over the text: 2.1 million at most."""
 WINDOW = 4
 """Tokens to either side that are a token's company; one at distance d counts 1 / d."""
-CELLS = 2**27
-"""Of the table of counts, at most: 512 MB. A larger vocabulary has fewer columns, those of its most frequent tokens."""
+COLUMNS, CELLS = 2048, 2**28
+"""Of the table of counts, at most: a larger vocabulary has columns for its most frequent tokens alone, and 1 GB in all."""
 SMOOTHING = 0.75
 """Power of the columns' counts: without it rare company counts for too much (Levy, Goldberg and Dagan 2015, Q15-1016)."""
 LOGITS, MOST_SIZE = 16.0, 0.25
@@ -75,7 +75,7 @@ def cooccurrences(tokens: TokenSet, size: int) -> tuple[Tensor, Tensor]:
     rows = [tokens.row(k * blocks // min(blocks, MOST_BLOCKS), BLOCK, 0) for k in range(min(blocks, MOST_BLOCKS))]
     ids, segments = (torch.stack([torch.from_numpy(getattr(row, name)).long() for row in rows]) for name in ("ids", "segments"))
     total = torch.bincount(ids[segments > 0], minlength=size).float()
-    columns = min(size, max(1, CELLS // size))
+    columns = min(size, COLUMNS, max(1, CELLS // size))
     # Stable, so that tokens of one frequency always come in one order.
     place = torch.full((size,), -1).scatter_(0, total.argsort(descending=True, stable=True)[:columns], torch.arange(columns))
     counts = torch.zeros(size * columns)
