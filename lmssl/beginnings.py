@@ -50,7 +50,8 @@ def begin_from_text(model: Any, tokens: TokenSet, seed: int = 0) -> None:
     weight = model.get_input_embeddings().weight
     counts, total = cooccurrences(tokens, weight.shape[0])
     found = embeddings(counts, weight.shape[1], seed).to(weight)
-    seen, size = (total > 0).to(weight.device), weight.square().mean().sqrt()
+    # A token may have been seen in no company beyond chance: it keeps its noise as well.
+    seen, size = (total > 0).to(weight.device) & found.any(1), weight.square().mean().sqrt()
     wanted = size.clamp(min=min(LOGITS / weight.shape[1], MOST_SIZE))
     weight *= wanted / size
     weight[seen] = found[seen] * wanted
