@@ -73,7 +73,8 @@ def cooccurrences(tokens: TokenSet, size: int) -> tuple[Tensor, Tensor]:
         float32 [V]: how often each id was counted.
     """
     blocks = tokens.rows(BLOCK)
-    rows = [tokens.row(k * blocks // min(blocks, MOST_BLOCKS), BLOCK, 0) for k in range(min(blocks, MOST_BLOCKS))]
+    taken = min(blocks, MOST_BLOCKS)
+    rows = [tokens.row(k * blocks // taken, BLOCK, 0) for k in range(taken)]
     ids, segments = (torch.stack([torch.from_numpy(getattr(row, name)).long() for row in rows]) for name in ("ids", "segments"))
     total = torch.bincount(ids[segments > 0], minlength=size).float()
     columns = min(size, COLUMNS, max(1, CELLS // size))
@@ -101,17 +102,8 @@ def embeddings(counts: Tensor, width: int, seed: int) -> Tensor:
     columns /= columns.sum()
     pmi = counts.log_().sub_(rows.clamp(min=1e-9).log()[:, None]).sub_(columns.clamp(min=1e-9).log()).clamp_(min=0)
     rank = min(width, MOST_RANK, *pmi.shape)
-    draw = torch.Generator().manual_seed(seed)
-    u, s = _singular(pmi, rank, draw)
-    found = u * s.sqrt()
-    rotation = torch.linalg.qr(torch.randn(width, width, generator=draw))[0][:rank]
-    return torch.nn.functional.normalize(found, dim=1, eps=1e-6) @ rotation * math.sqrt(width)
-
-
-def _singular(matrix: Tensor, rank: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Largest singular values and their left vectors, by a randomised range finder (Halko, Martinsson and Tropp 2011, 0909.4061)."""
-    basis = torch.linalg.qr(matrix @ torch.randn(matrix.shape[1], min(rank + 16, *matrix.shape), generator=draw))[0]
-    for _ in range(2):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
-    u, s, _ = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return basis @ u[:, :rank], s[:rank]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        u, s, _ = torch.svd_lowrank(pmi, min(rank + 16, *pmi.shape), niter=2)
+        rotation = torch.linalg.qr(torch.randn(width, width))[0][:rank]
+    return torch.nn.functional.normalize(u[:, :rank] * s[:rank].sqrt(), dim=1, eps=1e-6) @ rotation * math.sqrt(width)

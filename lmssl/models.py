@@ -89,13 +89,19 @@ def config_of(section: Mapping[str, Any], where: str = "model") -> PretrainedCon
         raise UserError(f"{where}.architecture: no architecture '{architecture}' in transformers {transformers.__version__}; {did_you_mean(architecture, choices)}")
     cls = transformers.CONFIG_MAPPING[architecture]
     keys.pop("attn_implementation", None)
-    if (init := keys.pop("init", "text")) not in ("text", "local", "default"):
+    if (init := init_of(keys)) not in ("text", "local", "default"):
         raise UserError(f"{where}.init: expected text, local or default, got {init!r}")
+    keys.pop("init", None)
     check_keys(keys, known_keys(cls), where)
     try:
         return cls(**keys)
     except Exception as error:  # strict dataclass errors, ValueErrors, TypeErrors: each config class has its own
         raise UserError(f"{where}: {architecture} refuses this configuration: {' '.join(str(error).split())}") from error
+
+
+def init_of(section: Mapping[str, Any]) -> Any:
+    """Where the model of a section begins: text, local or default; a continued checkpoint begins as it is."""
+    return "default" if "from" in section else section.get("init", "text")
 
 
 def known_keys(cls: type) -> set[str]:
@@ -152,7 +158,7 @@ def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_le
         raise
     except Exception as error:
         raise UserError(f"model: {config.model_type} cannot be built from this configuration: {' '.join(str(error).split())}") from error
-    if section.get("init", "text") != "default":
+    if init_of(section) != "default":
         begin_local(model)
     return model.float()
 

@@ -186,7 +186,7 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     Raises:
         UserError, Stopped, Interrupted: see lmssl.errors.
     """
-    from lmssl import probe
+    from lmssl import beginnings, models, probe
 
     objective, tokenizer = check(recipe)
     values = arguments.resolve(recipe.trainer, arguments.pretrain_defaults())
@@ -200,6 +200,8 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
         return finished
     trainer, values = assemble(recipe, objective, tokenizer, values, quiet)
     point = trainer.resume_point(accept) if resume else None
+    if point is None and models.init_of(recipe.model) == "text":
+        beginnings.begin_from_text(trainer.model, trainer.train_dataset.tokens, trainer.args.seed)
     resolved = {"data": dataclasses.asdict(recipe.data), "model": recipe.model, "objective": fields_of(objective), "trainer": values}
     resolved["data"]["tokenizer"] = recipe.data.tokenizer or str(recipe.model["from"])
     if trainer.is_world_process_zero():
@@ -260,7 +262,7 @@ def assemble(recipe: PretrainRecipe, objective: Objective, tokenizer: Tokenizer,
         objective, tokenizer: of `check`.
         values: of `arguments.resolve`.
     """
-    from lmssl import beginnings, models, probe
+    from lmssl import models, probe
     from lmssl.trainer import PretrainTrainer
 
     token_set = prepared(recipe.data, tokenizer, quiet=quiet)
@@ -268,8 +270,6 @@ def assemble(recipe: PretrainRecipe, objective: Objective, tokenizer: Tokenizer,
     args, length = arguments.build(values), recipe.data.seq_length
     stream = Stream(token_set, objective, length, args.seed, args.max_steps * arguments.global_batch(values), _start(recipe))
     model = models.build(recipe.model, stream.vocab, objective, length, args.seed)
-    if "from" not in recipe.model and recipe.model.get("init", "text") == "text":
-        beginnings.begin_from_text(model, token_set, args.seed)
     values = probe.choose(values, args, model, stream, Collator(objective, length, models.family_of(model.config), stream.vocab.pad))
     args = arguments.build(values)
     return PretrainTrainer(model, objective, token_set, args, recipe.data.seq_length, quiet=quiet, **arguments.own(values)), values

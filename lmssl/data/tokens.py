@@ -101,12 +101,8 @@ class _Writer:
         offsets = np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int32)
         values = np.concatenate(encoded).astype(self._ids.to_pandas_dtype())
 
-        def array(kind: pa.DataType, numbers: np.ndarray, *children: pa.Array) -> pa.Array:  # pa.array would import pandas
-            count = len(numbers) - 1 if children else len(numbers)
-            return pa.Array.from_buffers(kind, count, [None, pa.py_buffer(numbers)], children=list(children) or None)
-
-        lists = array(self._schema.field("input_ids").type, offsets, array(self._ids, values))
-        self._stream.write_batch(pa.record_batch([lists, array(pa.int64(), sizes)], schema=self._schema))
+        lists = pa.ListArray.from_arrays(_array(pa.int32(), offsets), _array(self._ids, values))
+        self._stream.write_batch(pa.record_batch([lists, _array(pa.int64(), sizes)], schema=self._schema))
         self.documents += len(self._texts)
         self.tokens += int(offsets[-1])
         self.bytes += int(sizes.sum())
@@ -248,8 +244,15 @@ def _progress(total: int, quiet: bool) -> Any:
     return tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=quiet or None, leave=False)
 
 
+def _array(kind: Any, numbers: np.ndarray) -> Any:
+    """An Arrow array over numbers of that type; pa.array would import pandas."""
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(kind, len(numbers), [None, pa.py_buffer(numbers)])
+
+
 def _numbers(array: Any) -> np.ndarray:
-    """A view of an Arrow array of numbers without nulls; its own to_numpy would import pandas."""
+    """The way back: a view of an Arrow array without nulls; its own to_numpy would import pandas."""
     return np.frombuffer(array.buffers()[1], array.type.to_pandas_dtype())[array.offset : array.offset + len(array)]
 
 
