@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from lmssl.data.stream import Collator, Stream
 from lmssl.objectives.base import IGNORE
 
+LOGITS = 2**28
+"""Logits held at a time, at most: 1 GiB in float32."""
+
 
 @torch.no_grad()
 def held_out(
@@ -31,7 +34,7 @@ def held_out(
     Args:
         model: prepared by `models.prepare`.
         stream: of held-out text, `length=None`.
-        batch_size: rows at a time; has no influence on the result.
+        batch_size: rows at a time, fewer where their logits would exceed LOGITS; has no influence on the result.
         share: (rank, world): this process takes every world-th batch.
         reduce: sums a float64 tensor over the processes.
 
@@ -43,14 +46,14 @@ def held_out(
     sums = torch.zeros(4, dtype=torch.float64)
     token_bytes = torch.from_numpy(stream.vocab.token_bytes)
     rank, world = share
-    starts = range(0, len(stream), batch_size)
-    for begin in starts[rank::world]:
-        items = [stream[i] for i in range(begin, min(begin + batch_size, len(stream)))]
+    size = min(batch_size, max(1, LOGITS // (collator.most_labels * stream.vocab.size)))
+    for begin in range(0, len(stream), size)[rank::world]:
+        items = [stream[i] for i in range(begin, min(begin + size, len(stream)))]
         batch = collator(items)
         labels = batch.pop("labels")
         asked = labels != IGNORE
         outputs = model(**{k: v.to(device) for k, v in batch.items()})
-        losses = nn.functional.cross_entropy(outputs.logits.reshape(len(labels), -1).float().cpu(), labels, ignore_index=IGNORE, reduction="none")
+        losses = nn.functional.cross_entropy(outputs.logits.reshape(len(labels), -1).float(), labels.to(device), ignore_index=IGNORE, reduction="none")
         sums += torch.tensor([losses.double().sum().item(), asked.sum().item(), token_bytes[labels[asked]].sum().item(), len(items)], dtype=torch.float64)
     model.train(training)
     nll, labels_seen, seen_bytes, rows = reduce(sums).tolist()

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -335,6 +336,41 @@ class _Packed:
             return None
         hidden, at, self.at = args[0], self.at, None
         return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, at), *args[1:])
+
+
+@torch.no_grad()
+def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int) -> None:
+    """Refuse an architecture in which documents packed into one row see each other: other tokens in the first of two
+    documents must leave what is predicted in the second as it is.
+
+    Args:
+        model: prepared.
+        vocab: of the tokenizer.
+        seq_length: tokens that the model reads.
+
+    Raises:
+        UserError: they see each other, or the architecture takes no mask of who may see whom.
+    """
+    half, kind = min(8, seq_length // 2), model.config.model_type
+    if str(getattr(model.config, "_attn_implementation", "")).startswith("flash") and model.device.type == "cpu":
+        return
+    draw = np.random.default_rng(0).choice(vocab.ordinary, (2, 2 * half))
+    ids = torch.from_numpy(draw.astype(np.int64)).to(model.device)
+    ids[1, half:] = ids[0, half:]
+    segments = torch.tensor([[1] * half + [2] * half] * 2, device=model.device)
+    more = {"decoder_input_ids": ids, "decoder_segments": segments} if family_of(model.config) == "encoder-decoder" else {}
+    training = model.training
+    try:
+        logits = model.eval()(input_ids=ids, segments=segments, **more).logits[:, half:].float()
+    except Exception as error:
+        raise UserError(f"model.architecture: '{kind}' cannot be told which tokens may see each other: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        model.train(training)
+    if (logits[0] - logits[1]).abs().max() > 1e-4 * logits.abs().max():
+        raise UserError(
+            f"model.architecture: documents packed into one row see each other in '{kind}' (transformers {transformers.__version__} reads their borders from no input there); "
+            "take another architecture, for example llama, bert or t5"
+        )
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:

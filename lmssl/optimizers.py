@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -99,32 +99,41 @@ def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], s
     return x.mT if tall else x
 
 
-def muon_groups(model: nn.Module, weight_decay: float, lr: float) -> list[dict[str, Any]]:
+def muon_groups(model: nn.Module, weight_decay: float, lr: float, sizes: Mapping[str, float] = {}) -> list[dict[str, Any]]:
     """Parameter groups: matrices inside the model for Muon; embeddings and projection, and all vectors, for AdamW.
 
     T5 draws its embeddings from N(0, 1), 50 times the usual size, and was trained by steps relative to the size of what
     they change (Adafactor; Shazeer and Stern 2018, 1804.04235, section 8). Such a matrix gets a learning rate larger by as much, and
     a weight decay smaller by as much. A matrix with a rate of its own (`lmssl_rate`, see models.begin_local) gets that share of the
     learning rate.
+
+    Args:
+        sizes: of `sizes_of`, when the model was new; a matrix that is not in it is measured as it is now.
     """
     outer = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     outer |= {id(p) for p in head.parameters()} if head is not None else set()
     trained = [p for p in model.parameters() if p.requires_grad]
     inner = [p for p in trained if p.ndim == 2 and id(p) not in outer]
-    sizes = [(p, _size(p)) for p in trained if p.ndim >= 2 and (id(p) in outer or p.ndim > 2)]
+    others = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.ndim >= 2 and (id(p) in outer or p.ndim > 2)]
+    measured = [(p, sizes[n] if n in sizes else _size(p)) for n, p in others]
     vectors = [p for p in trained if p.ndim < 2]
     groups = [
         {"params": inner, "muon": True, "weight_decay": weight_decay},
-        {"params": [p for p, size in sizes if size < LARGE and not hasattr(p, "lmssl_rate")], "muon": False, "weight_decay": weight_decay},
+        {"params": [p for p, size in measured if size < LARGE and not hasattr(p, "lmssl_rate")], "muon": False, "weight_decay": weight_decay},
         {"params": vectors, "muon": False, "weight_decay": 0.0},
     ]
-    for p, size in sizes:
+    for p, size in measured:
         if hasattr(p, "lmssl_rate"):
             groups.append({"params": [p], "muon": False, "lr": lr * p.lmssl_rate, "weight_decay": 0.0})
         elif size >= LARGE:
             groups.append({"params": [p], "muon": False, "lr": lr * size / USUAL, "weight_decay": weight_decay * USUAL / size})
     return [g for g in groups if g["params"]]
+
+
+def sizes_of(model: nn.Module) -> dict[str, float]:
+    """Root mean square of each matrix by name: what decides its group, for good, when a run begins."""
+    return {name: _size(p) for name, p in model.named_parameters() if p.ndim >= 2}
 
 
 def _size(p: Tensor) -> float:

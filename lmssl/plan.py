@@ -255,7 +255,7 @@ def scaled(section: dict[str, Any], config: PretrainedConfig, factor: float) -> 
 
 
 def ladder(wanted: PretrainRecipe, minutes: float) -> Iterator[Rung]:
-    """Every size, measured, smallest first; ends two sizes behind the best."""
+    """Every size, measured, smallest first; ends two sizes behind the best, or where memory ends."""
     objective, tokenizer = recipe.check(wanted)
     if "from" in wanted.model:
         raise UserError("model.from: a checkpoint has its size already; plan sizes a new model (model.architecture)")
@@ -272,13 +272,18 @@ def ladder(wanted: PretrainRecipe, minutes: float) -> Iterator[Rung]:
     unique, seen = stream.rows * count_tokens(batch) / rows, list[Rung]()
     for factor in STEPS_OF_THE_LADDER:
         section = scaled(wanted.model, config, factor)
-        model = models.prepare(models.build(section, stream.vocab, objective, length, args.seed)).to(args.device)
+        model = models.prepare(models.build(section, stream.vocab, objective, length, args.seed))
         outer = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
         outer |= {id(p) for p in model.get_output_embeddings().parameters()}
         inner = sum(p.numel() for p in model.parameters() if id(p) not in outer)
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-            flops = machine.step_flops(model, batch, token_loss)
-            seconds = machine.pass_seconds(model, batch, token_loss)
+        try:
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+                flops = machine.step_flops(model.to(args.device), batch, token_loss)
+                seconds = machine.pass_seconds(model, batch, token_loss)
+        except torch.OutOfMemoryError:
+            if not seen:
+                raise UserError(f"trainer.per_device_train_batch_size: not even the smallest model fits into memory with {rows} rows; take fewer or shorter rows") from None
+            return
         speed = count_tokens(batch) / seconds
         tokens = speed * minutes * 60
         seen.append(Rung(section, inner, speed, flops / seconds / peak, tokens, tokens / unique, expected_loss(inner, tokens, unique)))
@@ -297,7 +302,9 @@ def plan(wanted: PretrainRecipe, minutes: float) -> tuple[list[Rung], Rung, dict
     micro = min(rows, 64)
     trainer = {k: v for k, v in wanted.trainer.items() if k not in ("max_steps", "num_train_epochs", "gradient_accumulation_steps")}
     trainer |= {"per_device_train_batch_size": micro} | ({"gradient_accumulation_steps": rows // micro} if rows > micro else {})
-    made = dataclasses.replace(wanted, model=best.model, trainer=trainer | {"max_steps": WARM + TIMED})
+    # As many steps as the run will have, near enough, since they decide whether it compiles; `cost` takes the first few.
+    expected = max(WARM + TIMED, round(best.tokens / rows / length))
+    made = dataclasses.replace(wanted, model=best.model, trainer=trainer | {"max_steps": expected})
     measured = cost(made)
     steps = max(1, int((minutes * 60 - measured.first_seconds) / measured.step_seconds))
     trainer["max_steps"] = steps

@@ -110,7 +110,9 @@ def in_words(entry: dict[str, Any]) -> str:
 
 
 def t_quantile(freedom: int) -> float:
-    """The 97.5% quantile of Student's t (table; beyond 30 degrees of freedom the normal's 1.96)."""
+    """The 97.5% quantile of Student's t: a table; beyond 30 degrees of freedom the first terms of its expansion around the normal's."""
     table = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
     table += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
-    return table[freedom - 1] if 1 <= freedom <= len(table) else 1.96 if freedom > 0 else float("nan")
+    if freedom > len(table):
+        return 1.959964 + 2.372271 / freedom + 2.822500 / freedom**2
+    return table[freedom - 1] if freedom > 0 else float("nan")

@@ -28,7 +28,7 @@ from lmssl.errors import Diverged, Interrupted, Stopped, UserError, written
 from lmssl.evaluation import held_out, held_out_stream
 from lmssl.objectives import fields_of
 from lmssl.objectives.base import IGNORE, Objective, token_loss
-from lmssl.optimizers import MuonAdamW, muon_groups
+from lmssl.optimizers import MuonAdamW, muon_groups, sizes_of
 from lmssl.watch import Clock, Guard, Progress, of_the_data
 
 log = logging.getLogger("lmssl")
@@ -77,15 +77,19 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self.autocast = bool(args.bf16 and not args.fsdp and not args.deepspeed)
         if self.autocast:
             args.mixed_precision = "no"
-        super().__init__(model, args, data_collator, train_dataset, compute_loss_func=token_loss)  # type: ignore[arg-type]
         if args.n_gpu > 1:
-            raise UserError(f"trainer: {args.n_gpu} GPUs are visible to one process; start one process each: accelerate launch -m lmssl ...")
+            # transformers would split each batch over threads of this process, and average what is summed here.
+            log.warning("%d GPUs are visible and one is used; all of them: torchrun --nproc-per-node %d -m lmssl ...", args.n_gpu, args.n_gpu)
+            args._n_gpu = 1
+        super().__init__(model, args, data_collator, train_dataset, compute_loss_func=token_loss)  # type: ignore[arg-type]
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.remove_callback(callback)
         if args.torch_compile and args.device.type == "cpu":
             # Compiled scatters otherwise add in the order that threads arrive in: no two runs end with the same bits.
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        # Measured now: a resumed run gets its optimizer when it already has its trained weights.
+        self._sizes = sizes_of(model)
         self.optimizer_kind, self.identity, self.quiet = optimizer, {**(identity or {}), "model": models.description(model.config, model)}, quiet
         self.on_spike, self.worker_timeout = on_spike, worker_timeout
         self.clock, self.tokens_seen, self.curve = Clock(), 0, list[dict[str, float]]()
@@ -112,7 +116,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.optimizer_kind == "muon":
-            groups = muon_groups(self.model, self.args.weight_decay, self.args.learning_rate)
+            groups = muon_groups(self.model, self.args.weight_decay, self.args.learning_rate, self._sizes)
             self.optimizer = MuonAdamW(groups, lr=self.args.learning_rate, betas=(self.args.adam_beta1, self.args.adam_beta2))
         return super().create_optimizer(model) if self.optimizer is None else self.optimizer
 
@@ -416,7 +420,10 @@ class PretrainTrainer(ExactTrainer):
         identity = train_dataset.identity | {"objective": section, "seed": args.seed, "batch": batch, "seq_length": length, "threads": torch.get_num_threads()}
         identity |= {"bf16": bool(args.bf16), "torch_compile": bool(args.torch_compile)}
         super().__init__(models.prepare(model), args, stream, collator, optimizer, identity, quiet, on_spike, worker_timeout)
+        if not (args.fsdp or args.deepspeed):  # no rank holds the whole model there
+            models.check_isolated(self.model, stream.vocab, length)
         self.held_out_stream = held_out_stream(stream, length, self.start)
+        self.held_out_collator = Collator(objective.held_out(), length, family, stream.vocab.pad)
         self.token_bytes = torch.from_numpy(stream.vocab.token_bytes).to(args.device)
         self.asked = torch.zeros(2, dtype=torch.int64, device=args.device)
         """Labelled tokens of this process since the last log line, and their bytes of text."""
@@ -439,7 +446,7 @@ class PretrainTrainer(ExactTrainer):
             values = held_out(
                 self.model,
                 self.held_out_stream,
-                self.data_collator,  # type: ignore[arg-type]
+                self.held_out_collator,
                 self.args.per_device_eval_batch_size,
                 self.args.device,
                 (self.args.process_index, self.args.world_size),

@@ -79,11 +79,15 @@ class Guard(TrainerCallback):
         # The norm before clipping: after it, one that overflowed has become zeros.
         norm = torch.as_tensor(self.trainer.gradient_norm, dtype=torch.float32)
         values = torch.stack([norm, *(loss.float().reshape(()).to(norm.device) for loss in self.losses)])
-        bad = (~torch.isfinite(values)).any().double().reshape(1)
+        # Under fp16 a gradient that overflows is how the loss scale finds its size: its scaler skips the update by itself.
+        scaled = self.trainer.accelerator.scaler is not None
+        bad = (~torch.isfinite(values[1:] if scaled else values)).any().double().reshape(1)
         if self.trainer._sum(bad.cpu()).item():
             what = "the loss" if not torch.isfinite(values[1:]).all() else "the gradient"
             raise self.trainer.stopped(f"{what} of {self._step(state)} is not finite; no update was made; {self._replay(state)}", Diverged)
         size = float(norm)
+        if not math.isfinite(size):
+            return
         usual = statistics.median(self.norms) if len(self.norms) >= 16 else math.inf
         self.norms.append(size)
         if size > SPIKE * usual and self.trainer.on_spike != "ignore":
@@ -105,10 +109,9 @@ class Guard(TrainerCallback):
         return f"its rows: lmssl show {Path(self.trainer.args.output_dir) / 'recipe.yaml'} --at-step {state.global_step + 1}{more}"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        signum = self.signum
-        if args.world_size > 1:
-            signum = int(self.trainer._sum(torch.tensor([float(signum)], dtype=torch.float64)).item() / args.world_size)
-            signum = self.signum or (signal.SIGTERM if signum else 0)
+        signum = self.signum  # read once: a signal that comes while the ranks compare is seen by all of them a step later
+        if args.world_size > 1 and self.trainer._sum(torch.tensor([float(signum)], dtype=torch.float64)).item():
+            signum = signum or signal.SIGTERM
         if signum:
             self.signum, control.should_save, control.should_training_stop = signum, True, True
 

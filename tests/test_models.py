@@ -44,6 +44,32 @@ def test_no_document_sees_another(architecture, implementation):
         assert moved[changed_document].max() > 1e-4, "the test sees what it changes"
 
 
+SEEING = {
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 2},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}
+
+
+@pytest.mark.parametrize("architecture", [*SMALL, *SEEING])
+def test_architectures_whose_documents_see_each_other_are_refused(architecture):
+    objective = OBJECTIVE.get(architecture, NextToken())
+    model = models.prepare(models.build({"architecture": architecture, **(SMALL | SEEING)[architecture]}, VOCAB, objective, 32, 0)).train()
+    if architecture in SMALL:
+        models.check_isolated(model, VOCAB, 32)
+        assert model.training
+        return
+    with pytest.raises(UserError, match="see each other"):
+        models.check_isolated(model, VOCAB, 32)
+
+
+def test_an_architecture_that_takes_no_such_mask_is_refused():
+    keys = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = models.prepare(models.build({"architecture": "deberta-v2", **keys}, VOCAB, MaskedTokens(), 32, 0))
+    with pytest.raises(UserError, match="cannot be told which tokens"):
+        models.check_isolated(model, VOCAB, 32)
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert", "roberta", "modernbert", "t5"])
 def test_packed_equals_alone(architecture):
     """A document's logits in the middle of a row are those it has alone (BART's positions are absolute)."""

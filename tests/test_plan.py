@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 
 from lmssl import config, models, plan
 from lmssl.cli import run
+from lmssl.errors import UserError
 from lmssl.recipe import PRETRAIN, PretrainRecipe
 from tests.helpers import SMALL
 
@@ -61,6 +63,32 @@ def test_plan_answers_with_a_recipe_that_runs(recipe, tmp_path, capsys):
     assert run(["pretrain", str(made), "trainer.max_steps=2"]) == 0
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["steps"] == 2
     assert run(["plan", str(recipe), "--minutes", "1", "--out", str(made)]) == 2
+
+
+def test_plan_measures_the_run_that_it_plans(recipe, monkeypatch):
+    """Compilation is chosen by the length of the run: what is measured must have it too."""
+    measured, cost = [], plan.cost
+    monkeypatch.setattr(plan, "cost", lambda wanted: measured.append(wanted) or cost(wanted))
+    _, best, sections, _ = plan.plan(PretrainRecipe.load(recipe, ["trainer.torch_compile=false"]), 0.1)
+    trainer = measured[0].trainer
+    assert trainer["max_steps"] * trainer["per_device_train_batch_size"] * trainer.get("gradient_accumulation_steps", 1) * 32 == pytest.approx(best.tokens, rel=0.2)
+    assert sections["trainer"]["max_steps"] < 20 * trainer["max_steps"]
+
+
+def test_the_ladder_ends_where_memory_does(recipe, monkeypatch):
+    calls, seconds = [], plan.machine.pass_seconds
+
+    def small_memory(model, batch, loss):
+        calls.append(model)
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("no more")
+        return seconds(model, batch, loss)
+
+    monkeypatch.setattr(plan.machine, "pass_seconds", small_memory)
+    assert len(list(plan.ladder(PretrainRecipe.load(recipe), 1))) == 2
+    calls += [None] * 2
+    with pytest.raises(UserError, match="not even the smallest model"):
+        list(plan.ladder(PretrainRecipe.load(recipe), 1))
 
 
 def test_a_checkpoint_is_not_continued_with_another_tokenizer(recipe, corpus_file, tmp_path, capsys):

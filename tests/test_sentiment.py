@@ -1,5 +1,6 @@
 """Few labels: nested subsets, honest splits, three families, and a checkpoint that stock transformers loads."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -71,6 +72,13 @@ def test_a_cue_stands_behind_every_text_and_is_never_cut(backbones):
         for row in ids_of(task, backbone, Labelled(long, "1", ""), Labelled(short, "0", ""), Labelled(long, "1", "", short)):
             assert row[len(row) - len(eos) - len(cue) :] == [*cue.tolist(), *eos]
             assert len(row) <= backbone.length
+
+
+@pytest.mark.parametrize("pair", [{}, {"text_a": "a", "text_b": "b"}])
+def test_a_cue_that_leaves_no_room_is_refused(backbones, pair):
+    decoder = dataclasses.replace(backbones["decoder"], length=8)
+    with pytest.raises(UserError, match=r"data\.max_length: 8 tokens leave no room for a text beside the cue"):
+        Sentiment(cue=" overall this film was rather good" * 2, **pair).encode(decoder, [Labelled("some text", "", "x:1", "more" if pair else None)])
 
 
 def test_a_cue_may_name_special_tokens_and_a_text_may_not(backbones):

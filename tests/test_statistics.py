@@ -19,7 +19,8 @@ def test_summary_is_paired():
     assert row["scratch"]["std"] == pytest.approx(0.1)
     from scipy import stats
 
-    assert statistics.t_quantile(4) == pytest.approx(stats.t.ppf(0.975, 4), abs=1e-3)
+    for freedom in (1, 4, 30, 31, 63, 1000):
+        assert statistics.t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), abs=1e-3)
     rng = np.random.default_rng(0)
     a, b = rng.random(5), rng.random(5)
     (row,) = statistics.summary(results_of({10: a}, {10: b}))

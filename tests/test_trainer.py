@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from lmssl import checkpoints, machine
 from lmssl.errors import Interrupted, Stopped, UserError
 from lmssl.evaluation import held_out
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
-from lmssl.optimizers import MuonAdamW, muon_groups, orthogonalised
+from lmssl.optimizers import MuonAdamW, muon_groups, orthogonalised, sizes_of
 from lmssl.recipe import PretrainRecipe, pretrain
 from lmssl.watch import of_the_data
 from tests.helpers import OBJECTIVE, SMALL, arguments, small_model, token_set
@@ -53,6 +55,89 @@ def test_embeddings_of_unit_variance_take_steps_of_their_size(shared_dir):
         rate = embeddings.get("lr", 1e-3)
         assert rate == pytest.approx(1e-3 * (50 if architecture == "t5" else 1))
         assert rate * embeddings["weight_decay"] == pytest.approx(1e-4)
+
+
+def test_groups_are_those_of_the_new_model(shared_dir):
+    """A matrix that grew past a border in training keeps the group that it began in: a resumed run builds its groups after loading."""
+    model = small_model("llama", token_set(shared_dir).vocab(), LENGTH)
+    sizes, shape = sizes_of(model), lambda groups: [(len(g["params"]), g.get("lr")) for g in groups]
+    before = shape(muon_groups(model, 0.1, 1e-3, sizes))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(100)
+    assert shape(muon_groups(model, 0.1, 1e-3, sizes)) == before
+    assert shape(muon_groups(model, 0.1, 1e-3)) != before
+
+
+def test_resume_after_embeddings_grew(shared_dir, tmp_path):
+    def grow(control):
+        with torch.no_grad():
+            trainer.model.get_input_embeddings().weight.mul_(100)
+
+    tokens, folder = token_set(shared_dir), tmp_path / "run"
+    trainer = trainer_of("llama", tokens, folder, "muon", max_steps=4, save_strategy="steps", save_steps=2)
+    trainer.add_callback(At(1, grow))
+    trainer.run()
+    again = trainer_of("llama", tokens, folder, "muon", max_steps=4, save_strategy="steps", save_steps=2)
+    shutil.rmtree(folder / "checkpoint-4")
+    again.run(again.resume_point())
+    assert all(torch.equal(a, b) for a, b in zip(weights(trainer).values(), weights(again).values(), strict=True))
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.12])
+def test_noise_below_the_held_out_rate(rate, shared_dir, tmp_path):
+    """Held-out text is masked at a rate of its own, above this one's: its labels need their own bound."""
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path, objective=MaskedTokens(rate=rate), max_steps=1, per_device_eval_batch_size=1)
+    trainer.run()
+    assert trainer.metrics()["held_out"]["loss"] > 0
+
+
+def test_logits_of_held_out_text_are_bounded(shared_dir, tmp_path, monkeypatch):
+    trainer = trainer_of("llama", token_set(shared_dir), tmp_path)
+    whole = trainer.evaluate()["eval_loss"]
+    seen = []
+    trainer.model.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(out.numel()))
+    most = 3 * LENGTH * trainer.model.config.vocab_size
+    monkeypatch.setattr("lmssl.evaluation.LOGITS", most)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-6)
+    assert len(seen) > 1
+    assert max(seen) <= most
+
+
+def test_a_loss_scale_may_overflow(shared_dir, tmp_path, monkeypatch):
+    """With fp16 a gradient that is not finite makes the scaler skip the step; a loss that is not finite still ends the run."""
+    trainer = trainer_of("llama", token_set(shared_dir), tmp_path)
+    trainer.gradient_norm = torch.tensor(math.inf)
+    state, control = trainer.state, trainer.control
+    with pytest.raises(Stopped, match="the gradient of step 1"):
+        trainer.guard.on_pre_optimizer_step(trainer.args, state, control)
+    monkeypatch.setattr(trainer.accelerator, "scaler", object())
+    trainer.guard.on_pre_optimizer_step(trainer.args, state, control)
+    trainer.guard.losses.append(torch.tensor(math.nan))
+    with pytest.raises(Stopped, match="the loss of step 1"):
+        trainer.guard.on_pre_optimizer_step(trainer.args, state, control)
+
+
+def test_one_process_takes_one_gpu(shared_dir, tmp_path, caplog):
+    tokens = token_set(shared_dir)
+    args = arguments(tmp_path)
+    assert args.n_gpu == 0, "set up"
+    args._n_gpu = 4
+    with caplog.at_level("WARNING", "lmssl"):
+        trainer = lmssl.PretrainTrainer(small_model("llama", tokens.vocab(), LENGTH), NextToken(), tokens, args, LENGTH, quiet=True)
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == args.per_device_train_batch_size
+    assert "torchrun --nproc-per-node 4" in caplog.text
+
+
+@pytest.mark.parametrize(("mine", "total", "expected"), [(0, 0.0, 0), (0, 2.0, signal.SIGTERM), (0, 15.0, signal.SIGTERM), (2, 2.0, signal.SIGINT)])
+def test_a_signal_to_one_of_many_ranks_stops_them_all(mine, total, expected, shared_dir, tmp_path, monkeypatch):
+    trainer = trainer_of("llama", token_set(shared_dir), tmp_path)
+    trainer.guard.signum = mine
+    monkeypatch.setattr(trainer, "_sum", lambda value: torch.tensor([total]))
+    ranks = SimpleNamespace(world_size=64)
+    trainer.guard.on_step_end(ranks, trainer.state, trainer.control)
+    assert trainer.guard.signum == expected
+    assert trainer.control.should_save is trainer.control.should_training_stop is bool(expected)
 
 
 def test_muon_is_torchs_own(monkeypatch):

@@ -61,8 +61,9 @@ class _Seen:
             return False
         self._recent.add(value)
         if len(self._recent) >= 2**16 + len(self._sorted) // 32:
-            self._sorted = np.sort(np.concatenate([self._sorted, np.fromiter(self._recent, np.uint64)]))
-            self._recent.clear()
+            self._sorted = np.concatenate([self._sorted, np.fromiter(self._recent, np.uint64)])
+            self._sorted.sort()  # in place: np.sort would hold a second copy
+            self._recent = set()
         return True
 
 
@@ -279,8 +280,12 @@ class TokenSet:
         chunks = [c for table in tables for c in table.column("input_ids").chunks if len(c)]
         self._values = [_numbers(c.flatten()) for c in chunks]
         self._chunk_starts = np.concatenate([[0], np.cumsum([len(v) for v in self._values])]).astype(np.int64)
-        counts = [np.diff(_numbers(c.offsets)) for c in chunks]
-        self._starts = np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)[:-1]
+        self._starts = np.empty(sum(len(c) for c in chunks), np.int64)
+        at = 0
+        for chunk, base in zip(chunks, self._chunk_starts.tolist(), strict=False):
+            offsets = _numbers(chunk.offsets)
+            self._starts[at : at + len(chunk)] = offsets[:-1] - offsets[0] + np.int64(base)
+            at += len(chunk)
         self.documents, self.tokens = len(self._starts), int(self._chunk_starts[-1])
 
     def __len__(self) -> int:

@@ -132,14 +132,16 @@ class Sentiment(FewLabels):
         if self.text_b:
             seconds = backbone.ids([e.second for e in examples])
         rows = []
+        room = backbone.length - len(begin) - len(end)
+        if room < (2 if self.text_b else 1):
+            raise UserError(f"data.max_length: {backbone.length} tokens leave no room for a text" + (f" beside the cue's {len(end)}" if self.cue else ""))
         for first, second in zip(backbone.ids([e.text for e in examples]), seconds, strict=True):
-            room = backbone.length - len(begin) - len(end)
             if second is None:
                 rows.append(np.concatenate([begin, self._cut(first, room), end]))
                 continue
-            room -= 1
-            to_first = max(room - len(second), min(len(first), room // 2))
-            rows.append(np.concatenate([begin, self._cut(first, to_first), eos, self._cut(second, room - min(len(first), to_first)), end]))
+            both = room - 1
+            to_first = max(both - len(second), min(len(first), both // 2))
+            rows.append(np.concatenate([begin, self._cut(first, to_first), eos, self._cut(second, both - min(len(first), to_first)), end]))
         return [[{"input_ids": row, "label": numbers.get(e.label, 0)}] for row, e in zip(rows, examples, strict=True)]
 
     def _cut(self, ids: np.ndarray, room: int) -> np.ndarray:
