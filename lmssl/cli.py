@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--minutes", type=float, required=True, help="training time to plan for")
     sub.add_argument("--out", help="file to write the recipe to instead of standard output")
     sub = verb("pretrain", _pretrain, "Pretrain a backbone on unlabelled text.", "RECIPE")
-    sub.add_argument("--dry-run", action="store_true", help="run a few steps, print what the whole run will cost, leave nothing")
+    sub.add_argument("--dry-run", action="store_true", help="run a few steps, print what the whole run will cost, leave nothing but the prepared text")
     continued(sub, "continue from the newest whole checkpoint", "seed, batch, data, ...")
     sub = verb("finetune", _finetune, "Fine-tune on few labels, beside the same model from scratch.", "RECIPE")
     sub.add_argument("--dry-run", action="store_true", help="run a few steps, print what the whole curve will cost, leave nothing")

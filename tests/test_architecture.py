@@ -124,6 +124,17 @@ def test_names_of_the_package_resolve():
         assert getattr(lmssl, name) is not None
 
 
+def test_objectives_page_names_every_field():
+    import dataclasses
+
+    from lmssl.objectives import OBJECTIVES
+
+    lines = {line.split("`")[1]: line for line in (ROOT / "docs" / "objectives.md").read_text().splitlines() if line.startswith("| `")}
+    for name, objective in OBJECTIVES.items():
+        for field in dataclasses.fields(objective):
+            assert f"`{field.name}` {field.default}" in lines[name]
+
+
 def test_recipes_readme_names_every_recipe():
     text = (ROOT / "recipes" / "README.md").read_text()
     for path in [*(ROOT / "recipes").glob("pretrain/*.yaml"), *(ROOT / "recipes").glob("finetune/*.yaml")]:
