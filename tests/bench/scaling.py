@@ -80,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     # Long ones first, so that no core waits for the last.
-    grid = sorted(itertools.product(options.factors, options.steps), key=lambda pair: -pair[0] ** 2 * pair[1])
+    grid = sorted(itertools.product(options.factors, options.steps), key=lambda pair: -(pair[0] ** 2) * pair[1])
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         points = list(pool.map(lambda pair: trained(*pair, options.text, options.out.resolve()), grid))
     print(json.dumps({"bench": "scaling law", "runs": len(points), **fit(points)}), flush=True)

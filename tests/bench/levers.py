@@ -1,0 +1,116 @@
+"""What a lever does to the loss after so many tokens, one change at a time: losses alone, no speeds.
+
+    python -m tests.bench.levers KIND --text FILES --out FOLDER [--steps 500] [--seeds 0] [NAME ...]
+
+Every variant is the recipe of tests/bench/time_to_loss.py with some overrides, and for what no recipe can say with a patch of the stream,
+which is how a lever is tried before it is built. One thread each, as many side by side as there are cores; what a run gave
+stays in FOLDER. Masked tokens are scored at 15% of single tokens, whatever they were trained with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.bench.common import ROOT
+from tests.bench.time_to_loss import RECIPES, recipe_of, scored
+
+DECAY = '{{"num_decay_steps": {}}}'
+VARIANTS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "cosine": {"trainer.lr_scheduler_type": "cosine"},
+    "stable-20": {"trainer.lr_scheduler_type": "warmup_stable_decay", "decay": 0.2},
+    "stable-50": {"trainer.lr_scheduler_type": "warmup_stable_decay", "decay": 0.5},
+    "rate-falls": {"objective.rate": 0.45, "patch": "rate"},
+    "rows-grow": {"patch": "rows"},
+}
+"""Overrides; "decay" is the share of the steps in which a stable rate falls to zero, "patch" one of PATCHES."""
+
+
+def falling_rate() -> None:
+    """The masking rate falls from the recipe's to 0.15 over the run, a closed formula of the item's number."""
+    from lmssl.data.stream import Stream, generator
+
+    def item(self: Any, i: int) -> Any:
+        objective = self.objective
+        if self.shuffled:
+            objective = dataclasses.replace(objective, rate=objective.rate + (0.15 - objective.rate) * i / self.length)
+        return objective(self.row(i), self.vocab, generator(self.seed, i))
+
+    Stream.__getitem__ = item  # type: ignore[method-assign]
+
+
+def growing_rows() -> None:
+    """The first fifth of the run reads its rows in quarters, the next in halves: documents cut there, which attention keeps apart."""
+    from lmssl.data.stream import Stream
+    from lmssl.objectives.base import Row
+
+    whole = Stream.row
+
+    def row(self: Any, i: int) -> Row:
+        found = whole(self, i)
+        parts = 1 if not self.shuffled else 4 if i < self.length / 5 else 2 if i < self.length * 2 / 5 else 1
+        cuts = (np.arange(len(found.ids)) * parts // len(found.ids)).astype(np.int32)
+        return Row(found.ids, np.where(found.segments > 0, found.segments + cuts * (found.segments.max() + 1), 0).astype(np.int32))
+
+    Stream.row = row  # type: ignore[method-assign]
+
+
+PATCHES = {"rate": falling_rate, "rows": growing_rows}
+
+
+def loss_of(kind: str, name: str, seed: int, steps: int, text: str, out: Path) -> float:
+    """The held-out loss of one run, or what it gave before."""
+    folder = out / f"{kind}-{name}-{steps}-{seed}"
+    kept = folder / "loss.json"
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        overrides = {"trainer.max_steps": steps, "trainer.torch_compile": "false"} | VARIANTS[name]
+        patch, decay = overrides.pop("patch", ""), overrides.pop("decay", None)
+        if decay:
+            overrides["trainer.lr_scheduler_kwargs"] = DECAY.format(round(decay * steps))
+        recipe = recipe_of(kind, "small", text, seed, folder)
+        command = [sys.executable, "-m", "tests.bench.levers", kind, *(f"{k}={v}" for k, v in overrides.items()), "--child", str(recipe), "--patch", patch]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+        kept.write_text(json.dumps(scored(kind, folder / "ours", recipe)))
+        print(json.dumps({"lever": name, "kind": kind, "steps": steps, "seed": seed, "loss": json.loads(kept.read_text())}), flush=True)
+    return json.loads(kept.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=RECIPES)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--text")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--child", help="a recipe to pretrain in this process; the names are then its overrides")
+    parser.add_argument("--patch", default="")
+    options = parser.parse_args()
+    if options.child:
+        from lmssl.cli import run
+
+        if options.patch:
+            PATCHES[options.patch]()
+        sys.exit(run(["pretrain", options.child, "--overwrite", *options.names]))
+    names = options.names or [n for n in VARIANTS if n != "rate-falls" or options.kind == "masked"]
+    grid = list(itertools.product(names, options.seeds))
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        losses = list(pool.map(lambda pair: loss_of(options.kind, *pair, options.steps, options.text, options.out.resolve()), grid))
+    means = {name: round(float(np.mean([loss for (n, _), loss in zip(grid, losses, strict=True) if n == name])), 4) for name in names}
+    print(json.dumps({"bench": f"levers, {options.kind}, {options.steps} steps", "seeds": len(options.seeds), **means}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
