@@ -110,13 +110,10 @@ def muon_groups(model: nn.Module, weight_decay: float, lr: float, sizes: Mapping
     Args:
         sizes: of `sizes_of`, when the model was new; a matrix that is not in it is measured as it is now.
     """
-    outer = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    outer |= {id(p) for p in head.parameters()} if head is not None else set()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    others = _adamw_matrices(model)
+    measured = [(p, sizes[n] if n in sizes else _size(p)) for n, p in others.items()]
+    trained, outer = [p for p in model.parameters() if p.requires_grad], {id(p) for p in others.values()}
     inner = [p for p in trained if p.ndim == 2 and id(p) not in outer]
-    others = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.ndim >= 2 and (id(p) in outer or p.ndim > 2)]
-    measured = [(p, sizes[n] if n in sizes else _size(p)) for n, p in others]
     vectors = [p for p in trained if p.ndim < 2]
     groups = [
         {"params": inner, "muon": True, "weight_decay": weight_decay},
@@ -131,9 +128,22 @@ def muon_groups(model: nn.Module, weight_decay: float, lr: float, sizes: Mapping
     return [g for g in groups if g["params"]]
 
 
+def outer_parameters(model: nn.Module) -> set[int]:
+    """The `id` of every parameter of the embeddings and the vocabulary projection; all others are inside the model."""
+    outer = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    return outer | ({id(p) for p in head.parameters()} if head is not None else set())
+
+
 def sizes_of(model: nn.Module) -> dict[str, float]:
-    """Root mean square of each matrix by name: what decides its group, for good, when a run begins."""
-    return {name: _size(p) for name, p in model.named_parameters() if p.ndim >= 2}
+    """Root mean square of each matrix that AdamW takes, by name: what decides its group, for good, when a run begins."""
+    return {name: _size(p) for name, p in _adamw_matrices(model).items()}
+
+
+def _adamw_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, what is trained and no vector, but not Muon's either: embeddings, the vocabulary projection, tensors of more dimensions."""
+    outer = outer_parameters(model)
+    return {n: p for n, p in model.named_parameters() if p.requires_grad and p.ndim >= 2 and (id(p) in outer or p.ndim > 2)}
 
 
 def _size(p: Tensor) -> float:

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, TrainerCallback
+from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
 from lmssl import arguments, machine, models, output, recipe
 from lmssl.data.stream import Collator, Stream, count_tokens
 from lmssl.errors import UserError
 from lmssl.objectives.base import token_loss
+from lmssl.optimizers import outer_parameters
 from lmssl.recipe import FinetuneRecipe, PretrainRecipe
 
 WARM, TIMED = 2, 5
@@ -254,6 +255,12 @@ def scaled(section: dict[str, Any], config: PretrainedConfig, factor: float) -> 
     return section | new
 
 
+def inner_parameters(model: PreTrainedModel) -> int:
+    """Parameters outside the embeddings and the vocabulary projection: the N of scaling laws."""
+    outer = outer_parameters(model)
+    return sum(p.numel() for p in model.parameters() if id(p) not in outer)
+
+
 def ladder(wanted: PretrainRecipe, minutes: float) -> Iterator[Rung]:
     """Every size, measured, smallest first; ends two sizes behind the best, or where memory ends."""
     objective, tokenizer = recipe.check(wanted)
@@ -273,9 +280,7 @@ def ladder(wanted: PretrainRecipe, minutes: float) -> Iterator[Rung]:
     for factor in STEPS_OF_THE_LADDER:
         section = scaled(wanted.model, config, factor)
         model = models.prepare(models.build(section, stream.vocab, objective, length, args.seed))
-        outer = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-        outer |= {id(p) for p in model.get_output_embeddings().parameters()}
-        inner = sum(p.numel() for p in model.parameters() if id(p) not in outer)
+        inner = inner_parameters(model)
         try:
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                 flops = machine.step_flops(model.to(args.device), batch, token_loss)

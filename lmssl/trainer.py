@@ -89,7 +89,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         # Measured now: a resumed run gets its optimizer when it already has its trained weights.
-        self._sizes = sizes_of(model)
+        self._sizes = sizes_of(model) if optimizer == "muon" else {}
         self.optimizer_kind, self.identity, self.quiet = optimizer, {**(identity or {}), "model": models.description(model.config, model)}, quiet
         self.on_spike, self.worker_timeout = on_spike, worker_timeout
         self.clock, self.tokens_seen, self.curve = Clock(), 0, list[dict[str, float]]()

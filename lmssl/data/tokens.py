@@ -63,7 +63,7 @@ class _Seen:
         if len(self._recent) >= 2**16 + len(self._sorted) // 32:
             self._sorted = np.concatenate([self._sorted, np.fromiter(self._recent, np.uint64)])
             self._sorted.sort()  # in place: np.sort would hold a second copy
-            self._recent = set()
+            self._recent.clear()
         return True
 
 
@@ -284,7 +284,7 @@ class TokenSet:
         at = 0
         for chunk, base in zip(chunks, self._chunk_starts.tolist(), strict=False):
             offsets = _numbers(chunk.offsets)
-            self._starts[at : at + len(chunk)] = offsets[:-1] - offsets[0] + np.int64(base)
+            np.add(offsets[:-1], base - int(offsets[0]), out=self._starts[at : at + len(chunk)], dtype=np.int64)
             at += len(chunk)
         self.documents, self.tokens = len(self._starts), int(self._chunk_starts[-1])
 

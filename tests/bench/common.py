@@ -10,8 +10,10 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -298,3 +300,14 @@ class Side:
     def close(self) -> None:
         self._process.kill()
         self._process.join()
+
+
+def alone(command: list[str]) -> None:
+    """A process of one thread: several go side by side where only losses are read."""
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+
+
+def side_by_side(function: Callable[..., Any], grid: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """function(*arguments) for each of the grid, in its order, as many at a time as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(lambda arguments: function(*arguments), grid))

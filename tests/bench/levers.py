@@ -13,19 +13,15 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.bench.common import ROOT
+from tests.bench.common import alone, side_by_side
 from tests.bench.time_to_loss import RECIPES, recipe_of, scored
 
-DECAY = '{{"num_decay_steps": {}}}'
 VARIANTS: dict[str, dict[str, Any]] = {
     "linear": {},
     "cosine": {"trainer.lr_scheduler_type": "cosine"},
@@ -78,10 +74,10 @@ def loss_of(kind: str, name: str, seed: int, steps: int, text: str, out: Path) -
         overrides = {"trainer.max_steps": steps, "trainer.torch_compile": "false"} | VARIANTS[name]
         patch, decay = overrides.pop("patch", ""), overrides.pop("decay", None)
         if decay:
-            overrides["trainer.lr_scheduler_kwargs"] = DECAY.format(round(decay * steps))
+            overrides["trainer.lr_scheduler_kwargs"] = json.dumps({"num_decay_steps": round(decay * steps)})
         recipe = recipe_of(kind, "small", text, seed, folder)
         command = [sys.executable, "-m", "tests.bench.levers", kind, *(f"{k}={v}" for k, v in overrides.items()), "--child", str(recipe), "--patch", patch]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+        alone(command)
         kept.write_text(json.dumps(scored(kind, folder / "ours", recipe)))
         print(json.dumps({"lever": name, "kind": kind, "steps": steps, "seed": seed, "loss": json.loads(kept.read_text())}), flush=True)
     return json.loads(kept.read_text())
@@ -106,8 +102,7 @@ def main() -> None:
         sys.exit(run(["pretrain", options.child, "--overwrite", *options.names]))
     names = options.names or [n for n in VARIANTS if n != "rate-falls" or options.kind == "masked"]
     grid = list(itertools.product(names, options.seeds))
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        losses = list(pool.map(lambda pair: loss_of(options.kind, *pair, options.steps, options.text, options.out.resolve()), grid))
+    losses = side_by_side(lambda name, seed: loss_of(options.kind, name, seed, options.steps, options.text, options.out.resolve()), grid)
     means = {name: round(float(np.mean([loss for (n, _), loss in zip(grid, losses, strict=True) if n == name])), 4) for name in names}
     print(json.dumps({"bench": f"levers, {options.kind}, {options.steps} steps", "seeds": len(options.seeds), **means}), flush=True)
 

@@ -2,8 +2,8 @@
 
     python -m tests.bench.scaling --text FILES --out FOLDER [--factors 0.5 0.71 1 1.41 2] [--steps 250 500 1000 2000]
 
-The family is `plan`'s own: the small llama of tests/bench/common.py times each factor. Every run has its whole schedule (linear decay to
-zero), one thread, and its own recipe; as many go side by side as there are cores, since only losses are read. What a run gave stays in
+The family is `plan`'s own: the small llama of tests/bench/common.py times each factor, trained by the recipe of tests/bench/time_to_loss.py. Every run has its
+whole schedule and one thread; as many go side by side as there are cores, since only losses are read. What a run gave stays in
 FOLDER, and a second call does not repeat it. The law is FLOOR + FACTOR_N / N^a + FACTOR_D / D^b, N without embeddings,
 fitted as Hoffmann et al. do (2203.15556, section 3.3): Huber loss of log loss, from many starts.
 """
@@ -13,19 +13,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoModelForCausalLM
 
-from lmssl import config, models, plan
-from tests.bench.common import ROOT, SHAPES, TOKENIZER
-
-ROWS, LENGTH, RATE = 16, 128, 6e-3
+from lmssl import models, plan
+from tests.bench.common import SHAPES, alone, side_by_side
+from tests.bench.time_to_loss import recipe_of
 
 
 def trained(factor: float, steps: int, text: str, out: Path) -> dict[str, Any]:
@@ -33,18 +30,16 @@ def trained(factor: float, steps: int, text: str, out: Path) -> dict[str, Any]:
     kept = out / f"{factor:g}-{steps}.json"
     if kept.exists():
         return json.loads(kept.read_text())
+    folder = out / f"{factor:g}-{steps}"
+    folder.mkdir(exist_ok=True)
     section = SHAPES["small"]["next_token"]
-    model = plan.scaled(section, models.config_of(section), factor)
-    folder = out / f"run-{factor:g}-{steps}"
-    trainer = {"output_dir": str(folder), "max_steps": steps, "learning_rate": RATE, "lr_scheduler_type": "linear", "save_strategy": "no"}
-    data = {"text": text, "tokenizer": TOKENIZER, "seq_length": LENGTH, "held_out": 0.005}
-    recipe = out / f"{factor:g}-{steps}.yaml"
-    recipe.write_text(config.dump({"data": data, "model": model, "objective": {"name": "next_token"}, "trainer": trainer | {"per_device_train_batch_size": ROWS}}))
-    command = [sys.executable, "-m", "lmssl", "pretrain", str(recipe), "--overwrite"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
-    metrics = json.loads((folder / "metrics.json").read_text())
-    outer = model["hidden_size"] * json.loads((folder / "config.json").read_text())["vocab_size"]
-    facts = {"factor": factor, "inner": metrics["parameters"] - outer, "tokens": metrics["tokens"], "loss": metrics["held_out"]["loss"]}
+    made = plan.scaled(section, models.config_of(section), factor)
+    sizes = [f"model.{name}={value}" for name, value in made.items() if name != "architecture"]
+    recipe = recipe_of("next_token", "small", text, 0, folder)
+    alone([sys.executable, "-m", "lmssl", "pretrain", str(recipe), "--overwrite", f"trainer.max_steps={steps}", "trainer.torch_compile=false", *sizes])
+    metrics = json.loads((folder / "ours" / "metrics.json").read_text())
+    inner = plan.inner_parameters(AutoModelForCausalLM.from_pretrained(folder / "ours"))
+    facts = {"factor": factor, "inner": inner, "tokens": metrics["tokens"], "loss": metrics["held_out"]["loss"]}
     kept.write_text(json.dumps(facts))
     print(json.dumps(facts), flush=True)
     return facts
@@ -81,8 +76,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     # Long ones first, so that no core waits for the last.
     grid = sorted(itertools.product(options.factors, options.steps), key=lambda pair: -(pair[0] ** 2) * pair[1])
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        points = list(pool.map(lambda pair: trained(*pair, options.text, options.out.resolve()), grid))
+    points = side_by_side(lambda factor, steps: trained(factor, steps, options.text, options.out.resolve()), grid)
     print(json.dumps({"bench": "scaling law", "runs": len(points), **fit(points)}), flush=True)
 
 
