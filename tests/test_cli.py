@@ -74,12 +74,18 @@ def labelled_file(task, folder):
     return path, 20
 
 
+@pytest.fixture(scope="module")
+def backbone(corpus_file, tmp_path_factory):
+    """One step of the quickstart."""
+    out = tmp_path_factory.mktemp("backbone") / "run"
+    assert run(["pretrain", str(QUICKSTART), f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=1", f"trainer.output_dir={out}"]) == 0
+    return out
+
+
 @pytest.mark.parametrize("path", FINETUNE, ids=lambda p: p.stem)
-def test_every_finetuning_recipe_runs_two_steps(path, corpus_file, tmp_path, capsys):
-    backbone = tmp_path / "backbone"
+def test_every_finetuning_recipe_runs_two_steps(path, backbone, tmp_path, capsys):
     task = yaml.safe_load(path.read_text())["task"]
     labelled, test = labelled_file(task, tmp_path)
-    assert run(["pretrain", str(QUICKSTART), f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=1", f"trainer.output_dir={backbone}"]) == 0
     overrides = [
         "task.labels=[6]",
         "task.seeds=2",

@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stable-50": {"trainer.lr_scheduler_type": "warmup_stable_decay", "decay": 0.5},
     "rate-falls": {"objective.rate": 0.45, "patch": "rate"},
     "rows-grow": {"patch": "rows"},
+    "heads-alike": {"patch": "alike"},
+    "heads-behind": {"patch": "behind"},
+    "heads-fan": {"patch": "fan"},
+    "embeddings-slow": {"patch": "embeddings-slow"},
+    "embeddings-fast": {"patch": "embeddings-fast"},
+    "rate-1e-2": {"trainer.learning_rate": 1e-2},
 }
 """Overrides; "decay" is the share of the steps in which a stable rate falls to zero, "patch" one of PATCHES."""
+ONLY_FOR = {"rate-falls": "masked", "heads-alike": "next_token", "heads-behind": "next_token", "heads-fan": "next_token"}
+"""The one kind that a variant is for."""
 
 
 def falling_rate() -> None:
@@ -62,7 +71,51 @@ def growing_rows() -> None:
     Stream.row = row  # type: ignore[method-assign]
 
 
-PATCHES = {"rate": falling_rate, "rows": growing_rows}
+def heads_near(back: Callable[[int], float]) -> None:
+    """Queries and keys of rotary attention begin as one orthogonal map, keys turned so that head h looks back(h) tokens behind itself."""
+    import torch
+
+    from lmssl import models
+
+    usual = models.begin_local
+
+    @torch.no_grad()
+    def begin(model: Any) -> None:
+        usual(model)
+        size, base = model.config.hidden_size // model.config.num_attention_heads, 10000.0
+        frequencies = base ** -(torch.arange(0, size, 2) / size)
+        for module in model.modules():
+            if hasattr(module, "q_proj"):
+                weight = torch.nn.init.orthogonal_(module.q_proj.weight).view(-1, size, module.q_proj.in_features)
+                for head, (a, b) in enumerate(w.chunk(2) for w in weight):
+                    cos, sin = (f(back(head) * frequencies)[:, None] for f in (torch.cos, torch.sin))
+                    module.k_proj.weight.view_as(weight)[head] = torch.cat([a * cos - b * sin, b * cos + a * sin])
+
+    models.begin_local = begin  # type: ignore[assignment]
+
+
+def embeddings_at(share: float) -> None:
+    """Embeddings learn at a share of the other rates."""
+    from lmssl import models
+
+    usual = models.begin_local
+
+    def begin(model: Any) -> None:
+        usual(model)
+        model.get_input_embeddings().weight.lmssl_rate = share
+
+    models.begin_local = begin  # type: ignore[assignment]
+
+
+PATCHES: dict[str, Callable[[], None]] = {
+    "rate": falling_rate,
+    "rows": growing_rows,
+    "alike": lambda: heads_near(lambda head: 0),
+    "behind": lambda: heads_near(lambda head: 1),
+    "fan": lambda: heads_near(float),
+    "embeddings-slow": lambda: embeddings_at(0.5),
+    "embeddings-fast": lambda: embeddings_at(2.0),
+}
 
 
 def loss_of(kind: str, name: str, seed: int, steps: int, text: str, out: Path) -> float:
@@ -100,7 +153,7 @@ def main() -> None:
         if options.patch:
             PATCHES[options.patch]()
         sys.exit(run(["pretrain", options.child, "--overwrite", *options.names]))
-    names = options.names or [n for n in VARIANTS if n != "rate-falls" or options.kind == "masked"]
+    names = options.names or [n for n in VARIANTS if ONLY_FOR.get(n, options.kind) == options.kind]
     grid = list(itertools.product(names, options.seeds))
     losses = side_by_side(lambda name, seed: loss_of(options.kind, name, seed, options.steps, options.text, options.out.resolve()), grid)
     means = {name: round(float(np.mean([loss for (n, _), loss in zip(grid, losses, strict=True) if n == name])), 4) for name in names}
