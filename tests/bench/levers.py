@@ -28,16 +28,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cosine": {"trainer.lr_scheduler_type": "cosine"},
     "stable-20": {"trainer.lr_scheduler_type": "warmup_stable_decay", "decay": 0.2},
     "stable-50": {"trainer.lr_scheduler_type": "warmup_stable_decay", "decay": 0.5},
-    "rate-falls": {"objective.rate": 0.45, "patch": "rate"},
-    "rows-grow": {"patch": "rows"},
-    "heads-alike": {"patch": "alike"},
-    "heads-behind": {"patch": "behind"},
-    "heads-fan": {"patch": "fan"},
-    "embeddings-slow": {"patch": "embeddings-slow"},
-    "embeddings-fast": {"patch": "embeddings-fast"},
+    "rate-falls": {"objective.rate": 0.45},
+    "rows-grow": {},
+    "heads-alike": {},
+    "heads-behind": {},
+    "heads-fan": {},
+    "embeddings-slow": {},
+    "embeddings-fast": {},
     "rate-1e-2": {"trainer.learning_rate": 1e-2},
 }
-"""Overrides; "decay" is the share of the steps in which a stable rate falls to zero, "patch" one of PATCHES."""
+"""Overrides; "decay" is the share of the steps in which a stable rate falls to zero. Some have one of PATCHES as well."""
 ONLY_FOR = {"rate-falls": "masked", "heads-alike": "next_token", "heads-behind": "next_token", "heads-fan": "next_token"}
 """The one kind that a variant is for."""
 
@@ -71,17 +71,25 @@ def growing_rows() -> None:
     Stream.row = row  # type: ignore[method-assign]
 
 
-def heads_near(back: Callable[[int], float]) -> None:
-    """Queries and keys of rotary attention begin as one orthogonal map, keys turned so that head h looks back(h) tokens behind itself."""
-    import torch
-
+def then(change: Callable[[Any], None]) -> None:
+    """A new model begins as it does, and then changed."""
     from lmssl import models
 
     usual = models.begin_local
 
-    @torch.no_grad()
     def begin(model: Any) -> None:
         usual(model)
+        change(model)
+
+    models.begin_local = begin  # type: ignore[assignment]
+
+
+def heads_near(back: Callable[[int], float]) -> None:
+    """Queries and keys of rotary attention begin as one orthogonal map, keys turned so that head h looks back(h) tokens behind itself."""
+    import torch
+
+    @torch.no_grad()
+    def change(model: Any) -> None:
         size, base = model.config.hidden_size // model.config.num_attention_heads, 10000.0
         frequencies = base ** -(torch.arange(0, size, 2) / size)
         for module in model.modules():
@@ -91,31 +99,24 @@ def heads_near(back: Callable[[int], float]) -> None:
                     cos, sin = (f(back(head) * frequencies)[:, None] for f in (torch.cos, torch.sin))
                     module.k_proj.weight.view_as(weight)[head] = torch.cat([a * cos - b * sin, b * cos + a * sin])
 
-    models.begin_local = begin  # type: ignore[assignment]
+    then(change)
 
 
 def embeddings_at(share: float) -> None:
     """Embeddings learn at a share of the other rates."""
-    from lmssl import models
-
-    usual = models.begin_local
-
-    def begin(model: Any) -> None:
-        usual(model)
-        model.get_input_embeddings().weight.lmssl_rate = share
-
-    models.begin_local = begin  # type: ignore[assignment]
+    then(lambda model: setattr(model.get_input_embeddings().weight, "lmssl_rate", share))
 
 
 PATCHES: dict[str, Callable[[], None]] = {
-    "rate": falling_rate,
-    "rows": growing_rows,
-    "alike": lambda: heads_near(lambda head: 0),
-    "behind": lambda: heads_near(lambda head: 1),
-    "fan": lambda: heads_near(float),
+    "rate-falls": falling_rate,
+    "rows-grow": growing_rows,
+    "heads-alike": lambda: heads_near(lambda head: 0),
+    "heads-behind": lambda: heads_near(lambda head: 1),
+    "heads-fan": lambda: heads_near(float),
     "embeddings-slow": lambda: embeddings_at(0.5),
     "embeddings-fast": lambda: embeddings_at(2.0),
 }
+"""By the name of the variant: what no recipe can say."""
 
 
 def loss_of(kind: str, name: str, seed: int, steps: int, text: str, out: Path) -> float:
@@ -125,14 +126,14 @@ def loss_of(kind: str, name: str, seed: int, steps: int, text: str, out: Path) -
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
         overrides = {"trainer.max_steps": steps, "trainer.torch_compile": "false"} | VARIANTS[name]
-        patch, decay = overrides.pop("patch", ""), overrides.pop("decay", None)
-        if decay:
+        if decay := overrides.pop("decay", None):
             overrides["trainer.lr_scheduler_kwargs"] = json.dumps({"num_decay_steps": round(decay * steps)})
         recipe = recipe_of(kind, "small", text, seed, folder)
-        command = [sys.executable, "-m", "tests.bench.levers", kind, *(f"{k}={v}" for k, v in overrides.items()), "--child", str(recipe), "--patch", patch]
+        command = [sys.executable, "-m", "tests.bench.levers", kind, *(f"{k}={v}" for k, v in overrides.items()), "--child", str(recipe), "--patch", name]
         alone(command)
-        kept.write_text(json.dumps(scored(kind, folder / "ours", recipe)))
-        print(json.dumps({"lever": name, "kind": kind, "steps": steps, "seed": seed, "loss": json.loads(kept.read_text())}), flush=True)
+        loss = scored(kind, folder / "ours", recipe)
+        kept.write_text(json.dumps(loss))
+        print(json.dumps({"lever": name, "kind": kind, "steps": steps, "seed": seed, "loss": loss}), flush=True)
     return json.loads(kept.read_text())
 
 
@@ -145,12 +146,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--child", help="a recipe to pretrain in this process; the names are then its overrides")
-    parser.add_argument("--patch", default="")
+    parser.add_argument("--patch", choices=VARIANTS, help="the variant whose patch that process takes, where it has one")
     options = parser.parse_args()
     if options.child:
         from lmssl.cli import run
 
-        if options.patch:
+        if options.patch in PATCHES:
             PATCHES[options.patch]()
         sys.exit(run(["pretrain", options.child, "--overwrite", *options.names]))
     names = options.names or [n for n in VARIANTS if ONLY_FOR.get(n, options.kind) == options.kind]
