@@ -6,9 +6,12 @@ machine reaches in a bare matrix product in the same precision, not against a da
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +20,24 @@ from torch.utils import flop_counter
 
 SIZES = {"cpu": (1024, 2048), "other": (4096, 8192)}
 """Edges of the square matrices that the peak is measured with."""
+
+
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
+"""Numbers of mallopt's parameters, from glibc's malloc.h."""
+
+
+@functools.cache
+def keep_memory(device: str) -> bool:
+    """Have this process keep the memory that it frees, for its next training step on a CPU; whether that could be arranged.
+
+    glibc gives a large block back to the system as soon as it is freed. A training step frees and asks for the same
+    blocks again and again, and the system clears them page by page each time: a sixth of a step of a small model on a CPU
+    (docs/log.md). Left alone where the environment already says how to allocate, and where the C library is another.
+    """
+    if device != "cpu" or sys.platform != "linux" or any(key == "GLIBC_TUNABLES" or key.startswith("MALLOC_") for key in os.environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return bool(mallopt and mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, -1))
 
 
 @functools.cache
@@ -94,18 +115,19 @@ def step_flops(model: nn.Module, batch: Mapping[str, Tensor], loss: Any) -> int:
     return counter.get_total_flops()
 
 
-def pass_seconds(model: nn.Module, batch: Mapping[str, Tensor], loss: Any, repeats: int = 3) -> float:
+def pass_seconds(model: nn.Module, batch: Mapping[str, Tensor], loss: Any, repeats: int = 3, call: Callable[[dict[str, Any]], Any] | None = None) -> float:
     """Seconds of forward and backward of a micro-batch, the best of some; no gradient is left behind.
 
     Args:
         model, batch, loss: as `step_flops`.
+        call: what makes of the batch what the loss takes; None calls the model.
     """
     times = []
     for _ in range(repeats):
         begun = time.perf_counter()
         inputs = dict(batch)
         labels = inputs.pop("labels")
-        loss(model(**inputs), labels).backward()
+        loss(call(inputs) if call else model(**inputs), labels).backward()
         if labels.device.type != "cpu":
             torch.accelerator.synchronize()
         times.append(time.perf_counter() - begun)

@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lmssl.config import check_keys
 from lmssl.errors import UserError, did_you_mean
-from lmssl.objectives.base import Family, Objective, Vocab
+from lmssl.objectives.base import Family, Objective, Unprojected, Vocab
 
 log = logging.getLogger("lmssl")
 
@@ -301,9 +301,10 @@ class _Packed:
         kinds = set(getattr(model.config, "layer_types", None) or [])
         self.window = model.config.sliding_window if self.family == "encoder" and "sliding_attention" in kinds else None
         self.at: Tensor | None = None
+        self.bare = False
 
     def before_model(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        self.at = kwargs.pop("label_positions", None)
+        self.at, self.bare = kwargs.pop("label_positions", None), kwargs.pop("bare", False)
         segments = kwargs.pop("segments", None)
         if segments is None:
             return args, kwargs
@@ -336,6 +337,52 @@ class _Packed:
             return None
         hidden, at, self.at = args[0], self.at, None
         return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, at), *args[1:])
+
+
+class _Head(nn.Linear):
+    """A vocabulary projection that a call can leave to the loss (`bare=True`)."""
+
+    packed: _Packed
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden if self.packed.bare else super().forward(hidden)
+
+
+@torch.no_grad()
+def bare_head(model: PreTrainedModel, vocab: Vocab, args: transformers.TrainingArguments) -> nn.Linear | None:
+    """The vocabulary projection of a prepared model that the loss may do by itself: None where logits are more than that
+    (scaled or bent afterwards), and where it would not work: of several ranks DDP takes what the model's own output does not
+    depend on for unused, sharded weights are not whole, float16 needs its gradients scaled first. Not measured on a GPU: not done there.
+
+    Args:
+        vocab: of the tokenizer.
+        args: of the run.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, _Head) or args.world_size > 1 or args.device.type != "cpu" or args.fsdp or args.deepspeed or args.fp16:
+        return None
+    ids = torch.from_numpy(vocab.ordinary[None, :8].astype(np.int64)).to(model.device)
+    more = {"decoder_input_ids": ids} if family_of(model.config) == "encoder-decoder" else {}
+    training = model.training
+    model.eval()
+    try:
+        hidden, logits = (model(input_ids=ids, bare=bare, **more).logits for bare in (True, False))
+    except RuntimeError:  # of shapes: BART adds a number to each logit
+        return None
+    finally:
+        model.train(training)
+    return head if torch.equal(nn.functional.linear(hidden, head.weight, head.bias), logits) else None
+
+
+def output_for_loss(model: nn.Module, head: nn.Linear | None, inputs: Mapping[str, Any]) -> Any:
+    """What `token_loss` takes: the model's output, without its logits where the loss projects.
+
+    Args:
+        model: prepared, or what wraps it.
+        head: of `bare_head`.
+        inputs: a batch without its labels.
+    """
+    return model(**inputs) if head is None else Unprojected(model(**inputs, bare=True).logits, head.weight, head.bias)
 
 
 @torch.no_grad()
@@ -374,7 +421,7 @@ def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int) -> Non
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Hook a model so that its call also takes `segments`, `decoder_segments` and `label_positions`; once is enough."""
+    """Hook a model so that its call also takes `segments`, `decoder_segments`, `label_positions` and `bare`; once is enough."""
     if not hasattr(model, "_lmssl_packed"):
         packed = _Packed(model)
         head = model.get_output_embeddings()
@@ -382,5 +429,7 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
             raise UserError(f"model: {type(model).__name__} has no vocabulary projection")
         model.register_forward_pre_hook(packed.before_model, with_kwargs=True)
         head.register_forward_pre_hook(packed.before_head)
+        if type(head) is nn.Linear:
+            head.__class__, head.packed = _Head, packed  # type: ignore[assignment]
         model._lmssl_packed = packed
     return model

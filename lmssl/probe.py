@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,5 +110,7 @@ def fastest(args: TrainingArguments, model: PreTrainedModel, stream: Stream, col
 def _step(args: TrainingArguments, model: PreTrainedModel, stream: Stream, collator: Collator, size: int, parts: int, repeats: int = 3) -> float:
     """Seconds of the passes of a step of so many micro-batches, not compiled."""
     batch = {k: v.to(args.device) for k, v in collator([stream[i] for i in range(min(size, len(stream)))]).items()}
+    prepared = models.prepare(model.to(args.device))
+    head = models.bare_head(prepared, stream.vocab, args)
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-        return parts * machine.pass_seconds(models.prepare(model.to(args.device)), batch, token_loss, repeats)
+        return parts * machine.pass_seconds(prepared, batch, token_loss, repeats, partial(models.output_for_loss, prepared, head))

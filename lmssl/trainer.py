@@ -81,6 +81,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             # transformers would split each batch over threads of this process, and average what is summed here.
             log.warning("%d GPUs are visible and one is used; all of them: torchrun --nproc-per-node %d -m lmssl ...", args.n_gpu, args.n_gpu)
             args._n_gpu = 1
+        machine.keep_memory(args.device.type)
         super().__init__(model, args, data_collator, train_dataset, compute_loss_func=token_loss)  # type: ignore[arg-type]
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.remove_callback(callback)
@@ -422,6 +423,7 @@ class PretrainTrainer(ExactTrainer):
         super().__init__(models.prepare(model), args, stream, collator, optimizer, identity, quiet, on_spike, worker_timeout)
         if not (args.fsdp or args.deepspeed):  # no rank holds the whole model there
             models.check_isolated(self.model, stream.vocab, length)
+        self.head = models.bare_head(self.model, stream.vocab, args)
         self.held_out_stream = held_out_stream(stream, length, self.start)
         self.held_out_collator = Collator(objective.held_out(), length, family, stream.vocab.pad)
         self.token_bytes = torch.from_numpy(stream.vocab.token_bytes).to(args.device)
@@ -433,6 +435,12 @@ class PretrainTrainer(ExactTrainer):
         labels = labels[labels != IGNORE]
         self.asked += torch.stack([torch.tensor(labels.numel(), device=labels.device), self.token_bytes[labels].sum()])
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        if self.head is None or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        return self.compute_loss_func(models.output_for_loss(model, self.head, inputs), labels, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
 
     def bits_per_byte(self, loss: float) -> float | None:
         """Of a training loss, over the labels since this was last asked; None where they stand for no text."""

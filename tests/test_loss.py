@@ -1,5 +1,6 @@
 """The one loss: equal to independent implementations, and to itself however a batch is split."""
 
+import copy
 import json
 import os
 import subprocess
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lmssl
 from lmssl import models
 from lmssl.data.stream import Collator, Stream
 from lmssl.objectives.base import token_loss
-from lmssl.objectives.cross_entropy import CHUNK, summed_cross_entropy
+from lmssl.objectives.cross_entropy import CHUNK, FEWEST, PROJECTED, projected_cross_entropy, summed_cross_entropy
 from tests.helpers import OBJECTIVE, SMALL, apart, arguments, first_step, small_model, token_set
 from tests.one_step import SENTIMENT, save_backbones, sentiment_step
 
@@ -41,6 +43,80 @@ def test_cross_entropy_gradient_numerically():
     logits = torch.randn(6, 11, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([1, 2, -100, 4, 10, 0])
     assert torch.autograd.gradcheck(lambda x: summed_cross_entropy(x, labels), logits, atol=1e-3, eps=1e-3)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(t.numel() for t in (made if isinstance(made, tuple | list) else [made]) if isinstance(t, torch.Tensor))])
+        return made
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_projected_cross_entropy_equals_torch(dtype, bias):
+    """Loss and all gradients, with labels that ask nothing, over more rows than go at a time; and no logits of all rows anywhere."""
+    torch.manual_seed(0)
+    columns = PROJECTED // FEWEST + 1
+    values = [torch.randn(2 * FEWEST + 3, 16), torch.randn(columns, 16) / 4, *([torch.randn(columns)] if bias else [])]
+    labels = torch.randint(0, columns, (len(values[0]),))
+    labels[::5] = -100
+
+    def of(loss):
+        leaves = [v.clone().requires_grad_() for v in values]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), Largest() as largest:
+            total = loss(leaves[0], leaves[1], leaves[2] if bias else None) / 7
+            return total.item(), torch.autograd.grad(total, leaves), largest.numbers
+
+    ours, ours_grads, held = of(lambda *v: projected_cross_entropy(*v, labels))
+    theirs, theirs_grads, whole = of(lambda *v: F.cross_entropy(F.linear(*v).float(), labels, reduction="sum"))
+    assert ours == pytest.approx(theirs, rel=1e-6 if dtype == torch.float32 else 1e-5)
+    for mine, expected in zip(ours_grads, theirs_grads, strict=True):
+        assert mine.dtype == expected.dtype
+        assert apart(mine.double(), expected.double()) < (1e-6 if dtype == torch.float32 else 1e-2)
+    assert whole == len(labels) * columns
+    assert held < whole / 2
+    with torch.no_grad():
+        assert projected_cross_entropy(values[0], values[1], None, labels).item() > 0
+
+
+@pytest.mark.parametrize("architecture", SMALL)
+def test_a_loss_that_projects_is_the_same_loss(architecture, shared_dir, tmp_path):
+    """The first step of a run, against one whose model projects itself."""
+    tokens, results = token_set(shared_dir), []
+    for alone in (True, False):
+        trainer = lmssl.PretrainTrainer(
+            small_model(architecture, tokens.vocab(), LENGTH), OBJECTIVE[architecture], tokens, arguments(tmp_path, max_steps=1, max_grad_norm=0.0), LENGTH, quiet=True
+        )
+        assert (trainer.head is None) == (architecture == "bart")  # which adds a number to each logit
+        trainer.head = trainer.head if alone else None
+        results.append(first_step(trainer))
+    assert_same_step(results)
+
+
+def test_logits_that_are_bent_or_scaled_are_left_to_the_model(shared_dir, tmp_path):
+    vocab, args = token_set(shared_dir).vocab(), arguments(tmp_path)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    for architecture, keys, plain in [("gemma2", {"head_dim": 16}, False), ("granite", {"logits_scaling": 3.0}, False), ("granite", {"logits_scaling": 1.0}, True)]:
+        model = models.prepare(models.build({"architecture": architecture, **small, **keys}, vocab, OBJECTIVE["llama"], LENGTH, 0))
+        assert (models.bare_head(model, vocab, args) is not None) == plain, architecture
+    assert models.bare_head(model, vocab, arguments(tmp_path, fp16=True)) is None
+
+
+def test_a_copy_projects_by_its_own_weights(shared_dir):
+    vocab = token_set(shared_dir).vocab()
+    model = models.prepare(small_model("llama", vocab, LENGTH))
+    other, ids = copy.deepcopy(model), torch.arange(300, 308)[None]
+    before = other(input_ids=ids).logits
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    assert torch.equal(other(input_ids=ids).logits, before)
+    assert other(input_ids=ids, bare=True).logits.shape == (1, 8, 32)
+    assert model(input_ids=ids).logits.shape == (1, 8, vocab.size)
 
 
 @pytest.mark.parametrize("architecture", SMALL)

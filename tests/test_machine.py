@@ -1,5 +1,10 @@
-"""The share of the matmul peak: FLOPs against closed formulas, and nothing left behind by counting them."""
+"""The share of the matmul peak: FLOPs against closed formulas, and nothing left behind by counting them; memory that is kept."""
 
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -60,3 +65,39 @@ def test_peak_share(shared_dir, tmp_path):
         share = trainer.metrics()["matmul_share"]
         assert share is None if quiet else 0 < share < 1.2
         assert all(point["bits_per_byte"] > 0 for point in trainer.curve)
+
+
+FAULTS = """
+import resource, sys, torch
+from lmssl import machine
+kept = machine.keep_memory('cpu') if sys.argv[1] == "keep" else False
+def touch():
+    torch.empty(2**24).fill_(1.0)
+for _ in range(24):
+    touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    touch()
+print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(how: str, **environment: str) -> tuple[int, int]:
+    """(whether memory is kept, page faults of eight more blocks of 64 MB, after 24)."""
+    plain = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES" and not k.startswith("MALLOC_")}
+    done = subprocess.run([sys.executable, "-c", FAULTS, how], env=plain | environment, capture_output=True, text=True, check=True)
+    kept, count = done.stdout.split()
+    return int(kept), int(count)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not (os.confstr("CS_GNU_LIBC_VERSION") or ""), reason="glibc alone")
+def test_a_step_finds_the_memory_of_the_one_before():
+    kept, count = faults("keep")
+    assert kept
+    assert count < 1000
+    assert faults("leave")[1] >= 8 * 2**26 / 2**21  # pages of 2 MB at the most
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an allocator of Linux")
+def test_an_allocation_that_the_environment_chose_is_left_alone():
+    assert faults("keep", MALLOC_ARENA_MAX="2")[0] == 0

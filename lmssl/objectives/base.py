@@ -147,6 +147,15 @@ def round_random(x: float, rng: np.random.Generator) -> int:
     return int(np.floor(x + rng.random()))
 
 
+@dataclass(frozen=True)
+class Unprojected:
+    """Output of a model that left its vocabulary projection to the loss: hidden [..., D], weight [V, D], bias [V] or None."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
 def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | float | None = None) -> torch.Tensor:
     """The one loss of every objective and task: summed cross-entropy over labelled tokens / their number.
 
@@ -154,7 +163,7 @@ def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Ten
     batch never changes its gradient. A mean of means is wrong as soon as two micro-batches hold different counts.
 
     Args:
-        outputs: a model output with `logits`, float [..., C].
+        outputs: a model output with `logits`, float [..., C]; or `Unprojected`.
         labels: int64, as many as there are rows of logits, -100 where nothing is asked. Decoder labels are already
             aligned with the logits that predict them.
         num_items_in_batch: labelled tokens of the whole optimizer step; None counts those at hand.
@@ -162,9 +171,12 @@ def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Ten
     Returns:
         A float32 scalar.
     """
-    from lmssl.objectives.cross_entropy import summed_cross_entropy
+    from lmssl.objectives.cross_entropy import projected_cross_entropy, summed_cross_entropy
 
-    logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
     labels = labels.reshape(-1)
-    total = summed_cross_entropy(logits.reshape(labels.numel(), -1), labels)
+    if isinstance(outputs, Unprojected):
+        total = projected_cross_entropy(outputs.hidden.reshape(labels.numel(), -1), outputs.weight, outputs.bias, labels)
+    else:
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+        total = summed_cross_entropy(logits.reshape(labels.numel(), -1), labels)
     return total / ((labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -1,16 +1,21 @@
-"""Summed cross-entropy that never holds a float32 copy of the logits."""
+"""Summed cross-entropy that never holds a float32 copy of the logits, or, where it projects to them itself, no logits at all."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmssl.objectives.base import IGNORE
 
 CHUNK = 2**19
 """Logits widened to float32 at a time: 2 MiB, which a core's cache holds."""
+
+
+PROJECTED, FEWEST = 2**22, 128
+"""Logits projected at a time: 16 MiB in float32; but FEWEST rows at least, fewer make poor matrix products."""
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -23,11 +28,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         rows = max(1, CHUNK // logits.shape[-1])
-        normaliser = torch.cat([torch.logsumexp(part.float(), -1) for part in logits.split(rows)])
         asked = labels != IGNORE
-        picked = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).float()
-        ctx.save_for_backward(logits, labels, normaliser)
-        return torch.where(asked, normaliser - picked, 0.0).sum()
+        at = labels.clamp(min=0).unsqueeze(-1)
+        # One fused kernel a chunk; what it finds for the label gives the normaliser back.
+        found = torch.cat([part.log_softmax(-1, dtype=torch.float32).gather(-1, target) for part, target in zip(logits.split(rows), at.split(rows), strict=True)])
+        ctx.save_for_backward(logits, labels, logits.gather(-1, at).float() - found)
+        return torch.where(asked, -found.squeeze(-1), 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -35,12 +41,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK // logits.shape[-1])
         scale = torch.where(labels != IGNORE, grads[0], 0.0).float().unsqueeze(-1)
         out = torch.empty_like(logits)
-        parts = zip(logits.split(rows), labels.split(rows), normaliser.split(rows), scale.split(rows), out.split(rows), strict=True)
-        for part, target, norm, factor, into in parts:
-            slope = (part.float() - norm.unsqueeze(-1)).exp_()
-            at = target.clamp(min=0).unsqueeze(-1)
-            slope.scatter_add_(-1, at, torch.full_like(at, -1.0, dtype=slope.dtype))
-            into.copy_(slope.mul_(factor))
+        parts = zip(logits.split(rows), labels.clamp(min=0).unsqueeze(-1).split(rows), normaliser.split(rows), scale.split(rows), out.split(rows), strict=True)
+        for part, at, norm, factor, into in parts:
+            slope = torch.sub(part, norm, out=into) if into.dtype == torch.float32 else part.float().sub_(norm)
+            slope.exp_().mul_(factor).scatter_add_(-1, at, -factor)
+            if slope is not into:
+                into.copy_(slope)
         return out, None
 
 
@@ -55,3 +61,59 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         A float32 scalar; equal to `F.cross_entropy(logits.float(), labels, reduction="sum")` to rounding.
     """
     return _SummedCrossEntropy.apply(logits, labels)
+
+
+class _ProjectedCrossEntropy(torch.autograd.Function):
+    """Forward projects some rows, takes their loss and its gradient, and forgets their logits; backward scales the gradients.
+
+    The products are those of a projection of all rows at once, no more and no fewer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.wanted = any(ctx.needs_input_grad)
+        with torch.autocast(hidden.device.type, enabled=False):
+            x, w, b = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            at, asked = labels.clamp(min=0).unsqueeze(-1), (labels != IGNORE).float().unsqueeze(-1)
+            rows = max(FEWEST, PROJECTED // len(w))
+            to_hidden, to_weight, to_bias, found = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight[:, 0]), []
+            for part, target, factor, into in zip(x.split(rows), at.split(rows), asked.split(rows), to_hidden.split(rows), strict=True):
+                slope = F.linear(part, w, b).log_softmax(-1, dtype=torch.float32)
+                found.append(slope.gather(-1, target))
+                if ctx.wanted:
+                    slope.exp_().mul_(factor).scatter_add_(-1, target, -factor)
+                    if b is not None:
+                        to_bias += slope.sum(0)
+                    slope = slope.to(dtype)
+                    torch.mm(slope, w, out=into)
+                    if slope.dtype == to_weight.dtype:
+                        to_weight.addmm_(slope.mT, part)
+                    else:
+                        to_weight += slope.mT @ part
+            if ctx.wanted:
+                ctx.save_for_backward(to_hidden, to_weight, to_bias)
+            return -(torch.cat(found) * asked).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        to_hidden, to_weight, to_bias = (found * grads[0] if wanted else None for found, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False))
+        return to_hidden, to_weight, to_bias, None, None
+
+
+def projected_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """`summed_cross_entropy` of `F.linear(hidden, weight, bias)`, holding the logits of some rows at a time.
+
+    Under autocast the products are in its type, as those of `F.linear` are.
+
+    Args:
+        hidden: [N, D].
+        weight: float32 [V, D].
+        bias: float32 [V] or None.
+        labels: int64 [N]; -100 adds nothing.
+
+    Returns:
+        A float32 scalar.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    return _ProjectedCrossEntropy.apply(hidden, weight, bias, labels, dtype)

@@ -36,9 +36,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "embeddings-slow": {},
     "embeddings-fast": {},
     "rate-1e-2": {"trainer.learning_rate": 1e-2},
+    "rows-8": {"rows": 8},
+    "rows-8-slower": {"rows": 8, "trainer.learning_rate": 4e-3},
+    "branches-zero": {},
+    "momentum-9": {},
+    "beta2-99": {"trainer.adam_beta2": 0.99},
+    "decay-0": {"trainer.weight_decay": 0.0},
 }
-"""Overrides; "decay" is the share of the steps in which a stable rate falls to zero. Some have one of PATCHES as well."""
-ONLY_FOR = {"rate-falls": "masked", "heads-alike": "next_token", "heads-behind": "next_token", "heads-fan": "next_token"}
+"""Overrides; "decay" is the share of the steps in which a stable rate falls to zero, "rows" is of a step, and has as many more
+steps as its rows are fewer. Some have one of PATCHES as well."""
+ONLY_FOR = {"rate-falls": "masked"} | dict.fromkeys(("heads-alike", "heads-behind", "heads-fan", "branches-zero"), "next_token")
 """The one kind that a variant is for."""
 
 
@@ -107,6 +114,25 @@ def embeddings_at(share: float) -> None:
     then(lambda model: setattr(model.get_input_embeddings().weight, "lmssl_rate", share))
 
 
+def branches_zero() -> None:
+    """What leaves attention and feed-forward is zero at the beginning, as in the speed runs of GPT-2's shape."""
+    import torch
+
+    def change(model: Any) -> None:
+        for name, p in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                torch.nn.init.zeros_(p)
+
+    then(change)
+
+
+def momentum_at(share: float) -> None:
+    """Muon with another momentum."""
+    from lmssl import optimizers
+
+    optimizers.MuonAdamW.__init__.__defaults__ = (*optimizers.MuonAdamW.__init__.__defaults__[:-1], share)  # type: ignore[misc]
+
+
 PATCHES: dict[str, Callable[[], None]] = {
     "rate-falls": falling_rate,
     "rows-grow": growing_rows,
@@ -115,6 +141,8 @@ PATCHES: dict[str, Callable[[], None]] = {
     "heads-fan": lambda: heads_near(float),
     "embeddings-slow": lambda: embeddings_at(0.5),
     "embeddings-fast": lambda: embeddings_at(2.0),
+    "branches-zero": branches_zero,
+    "momentum-9": lambda: momentum_at(0.9),
 }
 """By the name of the variant: what no recipe can say."""
 
@@ -126,6 +154,8 @@ def loss_of(kind: str, name: str, seed: int, steps: int, text: str, out: Path) -
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
         overrides = {"trainer.max_steps": steps, "trainer.torch_compile": "false"} | VARIANTS[name]
+        if rows := overrides.pop("rows", None):
+            overrides |= {"trainer.per_device_train_batch_size": rows, "trainer.max_steps": steps * 16 // rows}
         if decay := overrides.pop("decay", None):
             overrides["trainer.lr_scheduler_kwargs"] = json.dumps({"num_decay_steps": round(decay * steps)})
         recipe = recipe_of(kind, "small", text, seed, folder)
