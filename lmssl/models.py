@@ -361,7 +361,7 @@ def bare_head(model: PreTrainedModel, vocab: Vocab, args: transformers.TrainingA
     head = model.get_output_embeddings()
     if not isinstance(head, _Head) or args.world_size > 1 or args.device.type != "cpu" or args.fsdp or args.deepspeed or args.fp16:
         return None
-    ids = torch.from_numpy(vocab.ordinary[None, :8].astype(np.int64)).to(model.device)
+    ids = torch.from_numpy(vocab.ordinary[None, :2].astype(np.int64)).to(model.device)
     more = {"decoder_input_ids": ids} if family_of(model.config) == "encoder-decoder" else {}
     training = model.training
     model.eval()

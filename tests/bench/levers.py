@@ -42,10 +42,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "momentum-9": {},
     "beta2-99": {"trainer.adam_beta2": 0.99},
     "decay-0": {"trainer.weight_decay": 0.0},
+    "counted-half": {},
+    "counted-whole": {},
 }
 """Overrides; "decay" is the share of the steps in which a stable rate falls to zero, "rows" is of a step, and has as many more
 steps as its rows are fewer. Some have one of PATCHES as well."""
-ONLY_FOR = {"rate-falls": "masked"} | dict.fromkeys(("heads-alike", "heads-behind", "heads-fan", "branches-zero"), "next_token")
+ONLY_FOR = {"rate-falls": "masked"} | dict.fromkeys(("heads-alike", "heads-behind", "heads-fan", "branches-zero", "counted-half", "counted-whole"), "next_token")
 """The one kind that a variant is for."""
 
 
@@ -133,6 +135,43 @@ def momentum_at(share: float) -> None:
     optimizers.MuonAdamW.__init__.__defaults__ = (*optimizers.MuonAdamW.__init__.__defaults__[:-1], share)  # type: ignore[misc]
 
 
+def counted_targets(until: float, first: float = 0.5) -> None:
+    """Half of every target is what follows its token in the whole text, by counting; a share that falls to nothing at `until` of the run."""
+    import torch
+
+    from lmssl.beginnings import BLOCK
+    from lmssl.trainer import PretrainTrainer
+
+    usual = PretrainTrainer.compute_loss
+
+    def table(tokens: Any, size: int) -> torch.Tensor:
+        """float32 [V, V]: absolute discounting towards the frequencies of single tokens (Ney, Essen and Kneser 1994)."""
+        counts = torch.zeros(size * size)
+        for k in range(tokens.rows(BLOCK)):
+            row = tokens.row(k, BLOCK, 0)
+            ids, segments = (torch.from_numpy(x).long() for x in (row.ids, row.segments))
+            together = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
+            at = (ids[:-1] * size + ids[1:])[together]
+            counts.index_add_(0, at, torch.ones(len(at)))
+        counts = counts.view(size, size)
+        single, total, kinds = counts.sum(0), counts.sum(1, keepdim=True), (counts > 0).sum(1, keepdim=True)
+        single /= single.sum()
+        return torch.where(total > 0, (counts - 0.75).clamp(min=0) / total.clamp(min=1), 0) + torch.where(total > 0, 0.75 * kinds / total.clamp(min=1), 1.0) * single
+
+    def compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        share = first * (1 - self.state.global_step / (until * self.state.max_steps))
+        if share <= 0:
+            return usual(self, model, inputs, return_outputs, num_items_in_batch)
+        if not hasattr(self, "follows"):
+            self.follows = table(self.train_dataset.tokens, self.model.config.vocab_size)
+        labels, ids = inputs.pop("labels").reshape(-1), inputs["input_ids"].reshape(-1)
+        found = model(**inputs).logits.reshape(len(labels), -1).log_softmax(-1)
+        hard, soft = found.gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1), (self.follows[ids] * found).sum(-1)
+        return -((1 - share) * hard + share * soft)[labels >= 0].sum() / num_items_in_batch
+
+    PretrainTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
+
+
 PATCHES: dict[str, Callable[[], None]] = {
     "rate-falls": falling_rate,
     "rows-grow": growing_rows,
@@ -142,6 +181,8 @@ PATCHES: dict[str, Callable[[], None]] = {
     "embeddings-slow": lambda: embeddings_at(0.5),
     "embeddings-fast": lambda: embeddings_at(2.0),
     "branches-zero": branches_zero,
+    "counted-half": lambda: counted_targets(0.5),
+    "counted-whole": lambda: counted_targets(1.0),
     "momentum-9": lambda: momentum_at(0.9),
 }
 """By the name of the variant: what no recipe can say."""
