@@ -92,7 +92,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
                         to_weight += slope.mT @ part
             if ctx.wanted:
                 ctx.save_for_backward(to_hidden, to_weight, to_bias)
-            return -(torch.cat(found) * asked).sum()
+            return torch.where(asked > 0, -torch.cat(found), 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
