@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lmssl.objectives.base import IGNORE
@@ -75,24 +74,37 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             x, w, b = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
             at, asked = labels.clamp(min=0).unsqueeze(-1), (labels != IGNORE).float().unsqueeze(-1)
-            rows = max(FEWEST, PROJECTED // len(w))
-            to_hidden, to_weight, to_bias, found = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight[:, 0]), []
-            for part, target, factor, into in zip(x.split(rows), at.split(rows), asked.split(rows), to_hidden.split(rows), strict=True):
-                slope = F.linear(part, w, b).log_softmax(-1, dtype=torch.float32)
-                found.append(slope.gather(-1, target))
+            rows = min(len(x), max(FEWEST, PROJECTED // len(w)))
+            # One block for the logits of every part: freed and asked for again, blocks of this size would leave holes in the heap.
+            narrow = torch.empty(rows, len(w), dtype=dtype, device=x.device)
+            wide = narrow if dtype == torch.float32 else torch.empty_like(narrow, dtype=torch.float32)
+            product = None if dtype == weight.dtype else torch.empty_like(w)
+            to_hidden, to_weight, to_bias, found = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight[:, 0]), torch.empty_like(asked)
+            for part, target, factor, into, loss in zip(*(t.split(rows) for t in (x, at, asked, to_hidden, found)), strict=True):
+                logits, slope = narrow[: len(part)], wide[: len(part)]
+                torch.mm(part, w.mT, out=logits)
+                if b is not None:
+                    logits += b
+                if slope.dtype != dtype:
+                    slope.copy_(logits)
+                slope -= slope.amax(-1, keepdim=True)
+                picked = slope.gather(-1, target)
+                total = slope.exp_().sum(-1, keepdim=True)
+                torch.sub(picked, total.log(), out=loss)
                 if ctx.wanted:
-                    slope.exp_().mul_(factor).scatter_add_(-1, target, -factor)
+                    slope.mul_(factor / total).scatter_add_(-1, target, -factor)
                     if b is not None:
                         to_bias += slope.sum(0)
-                    slope = slope.to(dtype)
-                    torch.mm(slope, w, out=into)
-                    if slope.dtype == to_weight.dtype:
-                        to_weight.addmm_(slope.mT, part)
+                    if slope.dtype != dtype:
+                        logits.copy_(slope)
+                    torch.mm(logits, w, out=into)
+                    if product is None:
+                        to_weight.addmm_(logits.mT, part)
                     else:
-                        to_weight += slope.mT @ part
+                        to_weight += torch.mm(logits.mT, part, out=product)
             if ctx.wanted:
                 ctx.save_for_backward(to_hidden, to_weight, to_bias)
-            return torch.where(asked > 0, -torch.cat(found), 0.0).sum()
+            return torch.where(asked > 0, -found, 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
