@@ -20,7 +20,7 @@ quickstart: $(VENV)/.installed ## set up, then pretrain, fine-tune and report on
 	$(BIN)/lmssl finetune recipes/finetune/quickstart.yaml --overwrite
 	@printf 'report: ' && $(BIN)/lmssl report runs/quickstart
 
-test: $(VENV)/.installed ## set up and run the tests (two processes of one thread: 7 minutes on 2 cores without bfloat16, less with it)
+test: $(VENV)/.installed ## set up and run the tests (two processes of one thread: 6 minutes on 2 cores without bfloat16, less with it)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.installed ## lint, format and types

@@ -20,8 +20,6 @@ from torch.utils import flop_counter
 
 SIZES = {"cpu": (1024, 2048), "other": (4096, 8192)}
 """Edges of the square matrices that the peak is measured with."""
-
-
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 """Numbers of mallopt's parameters, from glibc's malloc.h."""
 
@@ -115,19 +113,19 @@ def step_flops(model: nn.Module, batch: Mapping[str, Tensor], loss: Any) -> int:
     return counter.get_total_flops()
 
 
-def pass_seconds(model: nn.Module, batch: Mapping[str, Tensor], loss: Any, repeats: int = 3, call: Callable[[dict[str, Any]], Any] | None = None) -> float:
+def pass_seconds(model: nn.Module, batch: Mapping[str, Tensor], loss: Any, call: Callable[[dict[str, Any]], Any], repeats: int = 3) -> float:
     """Seconds of forward and backward of a micro-batch, the best of some; no gradient is left behind.
 
     Args:
         model, batch, loss: as `step_flops`.
-        call: what makes of the batch what the loss takes; None calls the model.
+        call: calls the model: of a batch without its labels, what the loss takes.
     """
     times = []
     for _ in range(repeats):
         begun = time.perf_counter()
         inputs = dict(batch)
         labels = inputs.pop("labels")
-        loss(call(inputs) if call else model(**inputs), labels).backward()
+        loss(call(inputs), labels).backward()
         if labels.device.type != "cpu":
             torch.accelerator.synchronize()
         times.append(time.perf_counter() - begun)

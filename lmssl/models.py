@@ -7,13 +7,14 @@ untouched, so the model stays the ordinary `PreTrainedModel` that `save_pretrain
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -301,10 +302,10 @@ class _Packed:
         kinds = set(getattr(model.config, "layer_types", None) or [])
         self.window = model.config.sliding_window if self.family == "encoder" and "sliding_attention" in kinds else None
         self.at: Tensor | None = None
-        self.bare = False
+        self.skip_logits = False
 
     def before_model(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        self.at, self.bare = kwargs.pop("label_positions", None), kwargs.pop("bare", False)
+        self.at, self.skip_logits = kwargs.pop("label_positions", None), kwargs.pop("skip_logits", False)
         segments = kwargs.pop("segments", None)
         if segments is None:
             return args, kwargs
@@ -339,17 +340,28 @@ class _Packed:
         return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, at), *args[1:])
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside; afterwards the model is in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 class _Head(nn.Linear):
-    """A vocabulary projection that a call can leave to the loss (`bare=True`)."""
+    """A vocabulary projection that a call can leave to the loss (`skip_logits=True`)."""
 
     packed: _Packed
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden if self.packed.bare else super().forward(hidden)
+        return hidden if self.packed.skip_logits else super().forward(hidden)
 
 
 @torch.no_grad()
-def bare_head(model: PreTrainedModel, vocab: Vocab, args: transformers.TrainingArguments) -> nn.Linear | None:
+def head_for_loss(model: PreTrainedModel, vocab: Vocab, args: transformers.TrainingArguments) -> nn.Linear | None:
     """The vocabulary projection of a prepared model that the loss may do by itself: None where logits are more than that
     (scaled or bent afterwards), and where it would not work: of several ranks DDP takes what the model's own output does not
     depend on for unused, sharded weights are not whole, float16 needs its gradients scaled first. Not measured on a GPU: not done there.
@@ -363,14 +375,11 @@ def bare_head(model: PreTrainedModel, vocab: Vocab, args: transformers.TrainingA
         return None
     ids = torch.from_numpy(vocab.ordinary[None, :2].astype(np.int64)).to(model.device)
     more = {"decoder_input_ids": ids} if family_of(model.config) == "encoder-decoder" else {}
-    training = model.training
-    model.eval()
     try:
-        hidden, logits = (model(input_ids=ids, bare=bare, **more).logits for bare in (True, False))
+        with evaluating(model):
+            hidden, logits = (model(input_ids=ids, skip_logits=skip, **more).logits for skip in (True, False))
     except RuntimeError:  # of shapes: BART adds a number to each logit
         return None
-    finally:
-        model.train(training)
     return head if torch.equal(nn.functional.linear(hidden, head.weight, head.bias), logits) else None
 
 
@@ -379,10 +388,10 @@ def output_for_loss(model: nn.Module, head: nn.Linear | None, inputs: Mapping[st
 
     Args:
         model: prepared, or what wraps it.
-        head: of `bare_head`.
+        head: of `head_for_loss`.
         inputs: a batch without its labels.
     """
-    return model(**inputs) if head is None else Unprojected(model(**inputs, bare=True).logits, head.weight, head.bias)
+    return model(**inputs) if head is None else Unprojected(model(**inputs, skip_logits=True).logits, head.weight, head.bias)
 
 
 @torch.no_grad()
@@ -406,13 +415,11 @@ def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int) -> Non
     ids[1, half:] = ids[0, half:]
     segments = torch.tensor([[1] * half + [2] * half] * 2, device=model.device)
     more = {"decoder_input_ids": ids, "decoder_segments": segments} if family_of(model.config) == "encoder-decoder" else {}
-    training = model.training
     try:
-        logits = model.eval()(input_ids=ids, segments=segments, **more).logits[:, half:].float()
+        with evaluating(model):
+            logits = model(input_ids=ids, segments=segments, **more).logits[:, half:].float()
     except Exception as error:
         raise UserError(f"model.architecture: '{kind}' cannot be told which tokens may see each other: {' '.join(str(error).split())[:200]}") from error
-    finally:
-        model.train(training)
     if (logits[0] - logits[1]).abs().max() > 1e-4 * logits.abs().max():
         raise UserError(
             f"model.architecture: documents packed into one row see each other in '{kind}' (transformers {transformers.__version__} reads their borders from no input there); "
@@ -421,7 +428,7 @@ def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int) -> Non
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Hook a model so that its call also takes `segments`, `decoder_segments`, `label_positions` and `bare`; once is enough."""
+    """Hook a model so that its call also takes `segments`, `decoder_segments`, `label_positions` and `skip_logits`; once is enough."""
     if not hasattr(model, "_lmssl_packed"):
         packed = _Packed(model)
         head = model.get_output_embeddings()

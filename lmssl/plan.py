@@ -285,7 +285,8 @@ def ladder(wanted: PretrainRecipe, minutes: float) -> Iterator[Rung]:
         try:
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
                 flops = machine.step_flops(model.to(args.device), batch, token_loss)
-                seconds = machine.pass_seconds(model, batch, token_loss, call=partial(models.output_for_loss, model, models.bare_head(model, stream.vocab, args)))
+                call = partial(models.output_for_loss, model, models.head_for_loss(model, stream.vocab, args))
+                seconds = machine.pass_seconds(model, batch, token_loss, call)
         except torch.OutOfMemoryError:
             if not seen:
                 raise UserError(f"trainer.per_device_train_batch_size: not even the smallest model fits into memory with {rows} rows; take fewer or shorter rows") from None

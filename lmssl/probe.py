@@ -111,6 +111,6 @@ def _step(args: TrainingArguments, model: PreTrainedModel, stream: Stream, colla
     """Seconds of the passes of a step of so many micro-batches, not compiled."""
     batch = {k: v.to(args.device) for k, v in collator([stream[i] for i in range(min(size, len(stream)))]).items()}
     prepared = models.prepare(model.to(args.device))
-    head = models.bare_head(prepared, stream.vocab, args)
+    call = partial(models.output_for_loss, prepared, models.head_for_loss(prepared, stream.vocab, args))
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-        return parts * machine.pass_seconds(prepared, batch, token_loss, repeats, partial(models.output_for_loss, prepared, head))
+        return parts * machine.pass_seconds(prepared, batch, token_loss, call, repeats)

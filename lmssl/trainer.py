@@ -423,7 +423,7 @@ class PretrainTrainer(ExactTrainer):
         super().__init__(models.prepare(model), args, stream, collator, optimizer, identity, quiet, on_spike, worker_timeout)
         if not (args.fsdp or args.deepspeed):  # no rank holds the whole model there
             models.check_isolated(self.model, stream.vocab, length)
-        self.head = models.bare_head(self.model, stream.vocab, args)
+        self.head = models.head_for_loss(self.model, stream.vocab, args)
         self.held_out_stream = held_out_stream(stream, length, self.start)
         self.held_out_collator = Collator(objective.held_out(), length, family, stream.vocab.pad)
         self.token_bytes = torch.from_numpy(stream.vocab.token_bytes).to(args.device)

@@ -16,7 +16,7 @@ import lmssl
 from lmssl import models
 from lmssl.data.stream import Collator, Stream
 from lmssl.objectives.base import token_loss
-from lmssl.objectives.cross_entropy import CHUNK, FEWEST, PROJECTED, projected_cross_entropy, summed_cross_entropy
+from lmssl.objectives.cross_entropy import CHUNK, FEWEST, PROJECTED, linear_cross_entropy, summed_cross_entropy
 from tests.helpers import OBJECTIVE, SMALL, apart, arguments, first_step, small_model, token_set
 from tests.one_step import SENTIMENT, save_backbones, sentiment_step
 
@@ -58,7 +58,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_projected_cross_entropy_equals_torch(dtype, bias):
+def test_linear_cross_entropy_equals_torch(dtype, bias):
     """Loss and all gradients, with labels that ask nothing, over more rows than go at a time; and no logits of all rows anywhere."""
     torch.manual_seed(0)
     columns = PROJECTED // FEWEST + 1
@@ -72,7 +72,7 @@ def test_projected_cross_entropy_equals_torch(dtype, bias):
             total = loss(leaves[0], leaves[1], leaves[2] if bias else None) / 7
             return total.item(), torch.autograd.grad(total, leaves), largest.numbers
 
-    ours, ours_grads, held = of(lambda *v: projected_cross_entropy(*v, labels))
+    ours, ours_grads, held = of(lambda *v: linear_cross_entropy(*v, labels))
     theirs, theirs_grads, whole = of(lambda *v: F.cross_entropy(F.linear(*v).float(), labels, reduction="sum"))
     assert ours == pytest.approx(theirs, rel=1e-6 if dtype == torch.float32 else 1e-5)
     for mine, expected in zip(ours_grads, theirs_grads, strict=True):
@@ -81,7 +81,7 @@ def test_projected_cross_entropy_equals_torch(dtype, bias):
     assert whole == len(labels) * columns
     assert held < whole / 2
     with torch.no_grad():
-        assert projected_cross_entropy(values[0], values[1], None, labels).item() > 0
+        assert linear_cross_entropy(values[0], values[1], None, labels).item() > 0
 
 
 @pytest.mark.parametrize("architecture", SMALL)
@@ -103,8 +103,8 @@ def test_logits_that_are_bent_or_scaled_are_left_to_the_model(shared_dir, tmp_pa
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     for architecture, keys, plain in [("gemma2", {"head_dim": 16}, False), ("granite", {"logits_scaling": 3.0}, False), ("granite", {"logits_scaling": 1.0}, True)]:
         model = models.prepare(models.build({"architecture": architecture, **small, **keys}, vocab, OBJECTIVE["llama"], LENGTH, 0))
-        assert (models.bare_head(model, vocab, args) is not None) == plain, architecture
-    assert models.bare_head(model, vocab, arguments(tmp_path, fp16=True)) is None
+        assert (models.head_for_loss(model, vocab, args) is not None) == plain, architecture
+    assert models.head_for_loss(model, vocab, arguments(tmp_path, fp16=True)) is None
 
 
 def test_a_copy_projects_by_its_own_weights(shared_dir):
@@ -115,7 +115,7 @@ def test_a_copy_projects_by_its_own_weights(shared_dir):
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
     assert torch.equal(other(input_ids=ids).logits, before)
-    assert other(input_ids=ids, bare=True).logits.shape == (1, 8, 32)
+    assert other(input_ids=ids, skip_logits=True).logits.shape == (1, 8, 32)
     assert model(input_ids=ids).logits.shape == (1, 8, vocab.size)
 
 

@@ -82,7 +82,7 @@ def test_the_ladder_ends_where_memory_does(recipe, monkeypatch):
         calls.append(model)
         if len(calls) > 2:
             raise torch.OutOfMemoryError("no more")
-        return seconds(model, batch, loss, call=call)
+        return seconds(model, batch, loss, call)
 
     monkeypatch.setattr(plan.machine, "pass_seconds", small_memory)
     assert len(list(plan.ladder(PretrainRecipe.load(recipe), 1))) == 2

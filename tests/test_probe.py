@@ -29,7 +29,7 @@ def speeds(monkeypatch):
     """Seconds a row by micro-batch, given by the test; what was asked for."""
     given, asked = {}, []
 
-    def pass_seconds(model, batch, loss, repeats=3, call=None):
+    def pass_seconds(model, batch, loss, call, repeats=3):
         rows = len(batch["input_ids"])
         asked.append(rows)
         if isinstance(given[rows], Exception):

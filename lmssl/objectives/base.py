@@ -171,11 +171,11 @@ def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Ten
     Returns:
         A float32 scalar.
     """
-    from lmssl.objectives.cross_entropy import projected_cross_entropy, summed_cross_entropy
+    from lmssl.objectives.cross_entropy import linear_cross_entropy, summed_cross_entropy
 
     labels = labels.reshape(-1)
     if isinstance(outputs, Unprojected):
-        total = projected_cross_entropy(outputs.hidden.reshape(labels.numel(), -1), outputs.weight, outputs.bias, labels)
+        total = linear_cross_entropy(outputs.hidden.reshape(labels.numel(), -1), outputs.weight, outputs.bias, labels)
     else:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
         total = summed_cross_entropy(logits.reshape(labels.numel(), -1), labels)

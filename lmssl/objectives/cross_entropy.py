@@ -11,8 +11,6 @@ from lmssl.objectives.base import IGNORE
 
 CHUNK = 2**19
 """Logits widened to float32 at a time: 2 MiB, which a core's cache holds."""
-
-
 PROJECTED, FEWEST = 2**22, 128
 """Logits projected at a time: 16 MiB in float32; but FEWEST rows at least, fewer make poor matrix products."""
 
@@ -62,7 +60,7 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return _SummedCrossEntropy.apply(logits, labels)
 
 
-class _ProjectedCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(torch.autograd.Function):
     """Forward projects some rows, takes their loss and its gradient, and forgets their logits; backward scales the gradients.
 
     The products are those of a projection of all rows at once, no more and no fewer.
@@ -70,7 +68,6 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.wanted = any(ctx.needs_input_grad)
         with torch.autocast(hidden.device.type, enabled=False):
             x, w, b = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
             at, asked = labels.clamp(min=0).unsqueeze(-1), (labels != IGNORE).float().unsqueeze(-1)
@@ -79,7 +76,8 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             narrow = torch.empty(rows, len(w), dtype=dtype, device=x.device)
             wide = narrow if dtype == torch.float32 else torch.empty_like(narrow, dtype=torch.float32)
             product = None if dtype == weight.dtype else torch.empty_like(w)
-            to_hidden, to_weight, to_bias, found = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(weight[:, 0]), torch.empty_like(asked)
+            to_hidden, to_weight, to_bias = torch.empty_like(x), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+            found = torch.empty_like(asked)
             for part, target, factor, into, loss in zip(*(t.split(rows) for t in (x, at, asked, to_hidden, found)), strict=True):
                 logits, slope = narrow[: len(part)], wide[: len(part)]
                 torch.mm(part, w.mT, out=logits)
@@ -91,19 +89,17 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
                 picked = slope.gather(-1, target)
                 total = slope.exp_().sum(-1, keepdim=True)
                 torch.sub(picked, total.log(), out=loss)
-                if ctx.wanted:
-                    slope.mul_(factor / total).scatter_add_(-1, target, -factor)
-                    if b is not None:
-                        to_bias += slope.sum(0)
-                    if slope.dtype != dtype:
-                        logits.copy_(slope)
-                    torch.mm(logits, w, out=into)
-                    if product is None:
-                        to_weight.addmm_(logits.mT, part)
-                    else:
-                        to_weight += torch.mm(logits.mT, part, out=product)
-            if ctx.wanted:
-                ctx.save_for_backward(to_hidden, to_weight, to_bias)
+                slope.mul_(factor / total).scatter_add_(-1, target, -factor)
+                if to_bias is not None:
+                    to_bias += slope.sum(0)
+                if slope.dtype != dtype:
+                    logits.copy_(slope)
+                torch.mm(logits, w, out=into)
+                if product is None:
+                    to_weight.addmm_(logits.mT, part)
+                else:
+                    to_weight += torch.mm(logits.mT, part, out=product)
+            ctx.save_for_backward(to_hidden, to_weight, to_bias)
             return torch.where(asked > 0, -found, 0.0).sum()
 
     @staticmethod
@@ -112,7 +108,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         return to_hidden, to_weight, to_bias, None, None
 
 
-def projected_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     """`summed_cross_entropy` of `F.linear(hidden, weight, bias)`, holding the logits of some rows at a time.
 
     Under autocast the products are in its type, as those of `F.linear` are.
@@ -128,4 +124,4 @@ def projected_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None,
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return _ProjectedCrossEntropy.apply(hidden, weight, bias, labels, dtype)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, dtype)

@@ -39,7 +39,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rows-8": {"rows": 8},
     "rows-8-slower": {"rows": 8, "trainer.learning_rate": 4e-3},
     "branches-zero": {},
-    "momentum-9": {},
     "beta2-99": {"trainer.adam_beta2": 0.99},
     "decay-0": {"trainer.weight_decay": 0.0},
     "counted-half": {},
@@ -128,13 +127,6 @@ def branches_zero() -> None:
     then(change)
 
 
-def momentum_at(share: float) -> None:
-    """Muon with another momentum."""
-    from lmssl import optimizers
-
-    optimizers.MuonAdamW.__init__.__defaults__ = (*optimizers.MuonAdamW.__init__.__defaults__[:-1], share)  # type: ignore[misc]
-
-
 def counted_targets(until: float, first: float = 0.5) -> None:
     """Half of every target is what follows its token in the whole text, by counting; a share that falls to nothing at `until` of the run."""
     import torch
@@ -183,7 +175,6 @@ PATCHES: dict[str, Callable[[], None]] = {
     "branches-zero": branches_zero,
     "counted-half": lambda: counted_targets(0.5),
     "counted-whole": lambda: counted_targets(1.0),
-    "momentum-9": lambda: momentum_at(0.9),
 }
 """By the name of the variant: what no recipe can say."""
 

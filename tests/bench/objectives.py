@@ -16,7 +16,7 @@ import transformers
 from lmssl import machine
 from lmssl.data.stream import Collator, Stream
 from lmssl.objectives import Infilling, MaskedTokens, NextToken, SpanCorruption
-from lmssl.objectives.cross_entropy import projected_cross_entropy, summed_cross_entropy
+from lmssl.objectives.cross_entropy import linear_cross_entropy, summed_cross_entropy
 from tests.bench.common import TOKENIZER
 from tests.helpers import token_set
 
@@ -57,7 +57,7 @@ def main() -> None:
 
     dtype = torch.bfloat16 if machine.native_bf16("cpu") else torch.float32
     ways = {
-        "ours": lambda: projected_cross_entropy(hidden, table, None, labels),
+        "ours": lambda: linear_cross_entropy(hidden, table, None, labels),
         "logits_held": lambda: summed_cross_entropy(F.linear(hidden, table), labels),
         "torch": lambda: F.cross_entropy(F.linear(hidden, table).float(), labels, reduction="sum"),
     }
