@@ -39,7 +39,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rows-8": {"rows": 8},
     "rows-8-slower": {"rows": 8, "trainer.learning_rate": 4e-3},
     "branches-zero": {},
+    "beta2-95": {"trainer.adam_beta2": 0.95},
     "beta2-99": {"trainer.adam_beta2": 0.99},
+    "rows-32": {"rows": 32, "trainer.learning_rate": 8e-3},
+    "momentum-90": {},
     "decay-0": {"trainer.weight_decay": 0.0},
     "counted-half": {},
     "counted-whole": {},
@@ -164,6 +167,14 @@ def counted_targets(until: float, first: float = 0.5) -> None:
     PretrainTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
 
 
+def momentum(value: float) -> None:
+    """Muon's momentum."""
+    from lmssl.optimizers import MuonAdamW
+
+    usual = MuonAdamW.__init__
+    MuonAdamW.__init__ = lambda self, *args, **keys: usual(self, *args, **(keys | {"momentum": value}))  # type: ignore[method-assign]
+
+
 PATCHES: dict[str, Callable[[], None]] = {
     "rate-falls": falling_rate,
     "rows-grow": growing_rows,
@@ -173,6 +184,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "embeddings-slow": lambda: embeddings_at(0.5),
     "embeddings-fast": lambda: embeddings_at(2.0),
     "branches-zero": branches_zero,
+    "momentum-90": lambda: momentum(0.9),
     "counted-half": lambda: counted_targets(0.5),
     "counted-whole": lambda: counted_targets(1.0),
 }
