@@ -18,6 +18,11 @@ LOG2E = 1 / math.log(2)
 """Exponentials are taken to base 2: on a CPU torch's `exp2` takes a third of the time of its `exp`, for the same digits."""
 
 
+def _chunk_rows(columns: int) -> int:
+    """Rows of so many logits that are worked on at a time."""
+    return max(1, CHUNK // columns)
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """Forward keeps the logits as they came and one number a row; backward writes softmax - onehot chunk by chunk.
 
@@ -27,7 +32,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        rows = max(1, CHUNK // logits.shape[-1])
+        rows = _chunk_rows(logits.shape[-1])
         asked = labels != IGNORE
         at = labels.clamp(min=0).unsqueeze(-1)
         # One fused kernel a chunk; what it finds for the label gives the normaliser back.
@@ -38,7 +43,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         logits, labels, normaliser = ctx.saved_tensors
-        rows = max(1, CHUNK // logits.shape[-1])
+        rows = _chunk_rows(logits.shape[-1])
         scale = torch.where(labels != IGNORE, grads[0], 0.0).float().unsqueeze(-1)
         out = torch.empty_like(logits)
         parts = zip(logits.split(rows), labels.clamp(min=0).unsqueeze(-1).split(rows), normaliser.split(rows), scale.split(rows), out.split(rows), strict=True)
@@ -69,7 +74,7 @@ def _to_gradients(logits: Tensor, targets: Tensor, factors: Tensor, into: Tensor
     Args:
         wide: float32 [R, V], room to work in on R rows at a time; None where the logits are float32.
     """
-    rows = max(1, CHUNK // logits.shape[-1]) if wide is None else len(wide)
+    rows = _chunk_rows(logits.shape[-1]) if wide is None else len(wide)
     for part, target, factor, found in zip(*(t.split(rows) for t in (logits, targets, factors, into)), strict=True):
         slope = part if wide is None else wide[: len(part)].copy_(part)
         slope.sub_(slope.amax(-1, keepdim=True)).mul_(LOG2E)  # in this order: what is large is gone before anything is rounded
@@ -95,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = min(len(x), max(FEWEST, PROJECTED // len(w)))
             # Blocks that every part uses again: freed and asked for again, those of this size would leave holes in the heap.
             block = torch.empty(rows, len(w), dtype=dtype, device=x.device)
-            wide = None if dtype == torch.float32 else torch.empty(min(rows, max(1, CHUNK // len(w))), len(w), device=x.device)
+            wide = None if dtype == torch.float32 else torch.empty(min(rows, _chunk_rows(len(w))), len(w), device=x.device)
             product = None if dtype == weight.dtype else torch.empty_like(w)
             to_hidden, to_weight, to_bias = torch.empty_like(x), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
             found = torch.empty_like(asked)
