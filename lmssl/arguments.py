@@ -164,7 +164,7 @@ def pretrain_defaults() -> dict[str, Any]:
         "learning_rate": 3e-3,
         "lr_scheduler_type": "cosine",
         "weight_decay": 0.1,
-        "adam_beta2": 0.95,
+        "adam_beta2": 0.99,
         "max_grad_norm": 1.0,
         "max_steps": 10_000,
         "per_device_train_batch_size": 16,

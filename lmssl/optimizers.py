@@ -29,11 +29,12 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         groups: parameter groups; each has `muon: bool` and `weight_decay`.
         lr: learning rate.
-        betas, eps: of AdamW.
+        betas, eps: of AdamW. Most rows of an embedding have no gradient in a small batch, so that the second moment must last
+            until their token comes again (decision 0019).
         momentum: of Muon.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, momentum: float = 0.95):
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8, momentum: float = 0.9):
         for group in groups:
             own = {"momentum": momentum, "nesterov": True, "ns_coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7, "ns_steps": 5, "adjust_lr_fn": "match_rms_adamw"}
             group |= own if group["muon"] else {"betas": betas, "eps": eps}

@@ -148,8 +148,8 @@ def test_muon_is_torchs_own(monkeypatch):
     ours, theirs = ([torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(n))) for n, s in enumerate(shapes)] for _ in range(2))
     groups = [{"params": ours[:5], "muon": True, "weight_decay": 0.1}, {"params": ours[5:], "muon": False, "weight_decay": 0.0}]
     together = MuonAdamW(groups, lr=1e-2)
-    muon = torch.optim.Muon(theirs[:5], lr=1e-2, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(theirs[5:], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    muon = torch.optim.Muon(theirs[:5], lr=1e-2, weight_decay=0.1, momentum=0.9, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(theirs[5:], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
     for _ in range(5):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn(a.shape)
