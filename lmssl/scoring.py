@@ -68,7 +68,8 @@ def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
     checkpoint_config = models.read_config(checkpoint, "CHECKPOINT")
     family, tokenizer = models.family_of(checkpoint_config), tokenization.load(checkpoint)
     records = [record for source in corpus.resolve(path, "--pairs") for record in corpus.records(source)]
-    pairs = [(*(corpus.text_of(r, name, where) for name in ("sentence_good", "sentence_bad")), str(r.get("UID", "all"))) for r, where in records]
+    names, hint = ("sentence_good", "sentence_bad"), "minimal pairs have the columns of BLiMP: sentence_good, sentence_bad, UID"
+    pairs = [(*(corpus.text_of(r, name, where, hint) for name in names), str(r.get("UID", "all"))) for r, where in records]
     if not pairs:
         raise UserError(f"--pairs: {path} holds no pair")
     model = models.AUTO[family].from_pretrained(checkpoint, use_safetensors=True, trust_remote_code=False).float()

@@ -30,7 +30,7 @@ from lmssl import config
 from tests.bench.common import DROPOUT, ROOT, SHAPES, TOKENIZER
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    "next_token": {"objective": {"name": "next_token"}, "trainer": {"max_steps": 2200, "learning_rate": 8e-3, "adam_beta1": 0.7, "adam_beta2": 0.997}},
+    "next_token": {"objective": {"name": "next_token"}, "trainer": {"max_steps": 2320, "learning_rate": 8e-3, "adam_beta1": 0.7, "adam_beta2": 0.997}},
     "masked": {"objective": {"name": "masked", "rate": 0.3}, "trainer": {"max_steps": 500, "learning_rate": 6e-3}},
     "span_corruption": {"objective": {"name": "span_corruption"}, "trainer": {"max_steps": 500, "learning_rate": 3e-3}},
 }
