@@ -44,6 +44,7 @@ MAX_RECORD_LINES = 100_000
 FREE_BYTES, MAX_RATIO = 2**20, 200
 """gzip data may unpack to so many bytes, or to this many times its own size."""
 TEXT_UNITS = ("line", "file", "paragraph")
+TASK_COLUMNS = "the task section names the columns; no header: FILE::#"
 
 Record = tuple[dict[str, Any], str]
 """A record and where it stands, as `file:line`."""
@@ -204,10 +205,10 @@ def documents(sources: Iterable[Source], on_bytes: Callable[[int], None] | None 
             raise UserError(f"{source.path}: none of its {bad.count - before} records can be read, so none is skipped; {bad.first[-1]}")
 
 
-def field_of(record: dict[str, Any], column: str, where: str, hint: str = "") -> Any:
-    """One column of a record, refused with a suggestion and a hint (of a task's columns, unless another is given) where it is missing."""
+def field_of(record: dict[str, Any], column: str, where: str, hint: str = TASK_COLUMNS) -> Any:
+    """One column of a record, refused with a suggestion and a hint where it is missing."""
     if column not in record:
-        raise UserError(f"{where}: no column '{column}'; {did_you_mean(column, map(str, record))} ({hint or 'the task section names the columns; no header: FILE::#'})")
+        raise UserError(f"{where}: no column '{column}'; {did_you_mean(column, map(str, record))} ({hint})")
     return record[column]
 
 
@@ -219,7 +220,7 @@ def check_text(text: str, where: str) -> None:
         raise UserError(f"{where}: holds half of a surrogate pair: this is not text")
 
 
-def text_of(record: dict[str, Any], column: str, where: str, hint: str = "") -> str:
+def text_of(record: dict[str, Any], column: str, where: str, hint: str = TASK_COLUMNS) -> str:
     """A column that must hold text with something in it."""
     text = field_of(record, column, where, hint)
     if not isinstance(text, str) or not text.strip():
