@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[quickstart,tasks,dev]'
 	@touch $@
 
-quickstart: $(VENV)/.installed ## set up, then pretrain, fine-tune and report on film reviews (6 minutes on 2 cores with bfloat16, 15 without)
+quickstart: $(VENV)/.installed ## set up, then pretrain, fine-tune and report on film reviews (7 minutes on 2 cores with bfloat16, 15 without)
 	$(BIN)/lmssl pretrain recipes/pretrain/quickstart.yaml --overwrite
 	$(BIN)/lmssl finetune recipes/finetune/quickstart.yaml --overwrite
 	@printf 'report: ' && $(BIN)/lmssl report runs/quickstart
