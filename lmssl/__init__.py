@@ -22,7 +22,7 @@ _NAMES = {
     "train_tokenizer": "lmssl.tokenization:train",
     "build_model": "lmssl.models:build",
     "begin_from_text": "lmssl.beginnings",
-    "PretrainTrainer": "lmssl.trainer",
+    "PretrainTrainer": "lmssl.pretraining",
     "pretrain": "lmssl.recipe",
     "finetune": "lmssl.recipe",
     "PretrainRecipe": "lmssl.recipe",

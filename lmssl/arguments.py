@@ -10,17 +10,21 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lmssl import config
-from lmssl.errors import UserError
+from lmssl.errors import UserError, refused
 
 if typing.TYPE_CHECKING:
     from transformers import TrainingArguments
 
+WHOLE = "every process holds the whole model (docs/decisions/0020)"
 OWNED = {
     "ignore_data_skip": "a resumed run must skip what it consumed",
     "train_sampling_strategy": "the stream decides the order",
     "auto_find_batch_size": "the batch is part of the experiment",
     "remove_unused_columns": "the stream has no unused columns",
+    "data_seed": "trainer.seed decides the order",
     "save_total_limit": "lmssl keeps the two newest verified checkpoints",
+    "save_only_model": "a checkpoint without its optimizer cannot be resumed",
+    "enable_jit_checkpoint": "a signal saves at the end of its step",
     "logging_nan_inf_filter": "lmssl stops at a non-finite loss",
     "label_smoothing_factor": "the loss is lmssl's own",
     "resume_from_checkpoint": "use --resume, which verifies first",
@@ -28,6 +32,9 @@ OWNED = {
     "push_to_hub": "publish the finished folder with `hf upload`",
     "include_num_input_tokens_seen": "lmssl counts the tokens",
     "group_by_length": "the stream decides the order",
+    "fsdp": WHOLE,
+    "fsdp_config": WHOLE,
+    "deepspeed": WHOLE,
 }
 """Fields that lmssl sets itself, and why."""
 
@@ -88,6 +95,11 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
     if not str(values.get("output_dir") or "").strip():
         raise UserError("trainer.output_dir: missing; name the folder of the run")
     _check_ranges(values)
+    for name in ("save_strategy", "logging_strategy", "eval_strategy"):
+        if getattr(values.get(name), "value", values.get(name)) in ("epoch", "best"):
+            raise UserError(f"trainer.{name}: a run is one pass of max_steps, at whose end alone this would act; use steps, and {name.partition('_')[0]}_steps")
+    if {**defaults, **values}.get("optimizer") == "muon" and (unused := [name for name in ("optim", "optim_args") if name in values]):
+        raise UserError(f"trainer.{unused[0]}: is of AdamW and its kin, and the optimizer is muon; trainer.optimizer=adamw takes it")
     if "num_train_epochs" in values:
         if "max_steps" in values:
             raise UserError("trainer.num_train_epochs: max_steps is set as well; keep one of them")
@@ -132,13 +144,25 @@ def build(values: Mapping[str, Any]) -> TrainingArguments:
     """TrainingArguments of a resolved section."""
     from transformers import TrainingArguments
 
-    try:
+    with refused("trainer"):
         args = TrainingArguments(**{k: v for k, v in values.items() if k not in OURS})
-    except (ValueError, TypeError, ImportError, KeyError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())[:300]}") from error
+    _try(args, values)
     if not args.use_cpu and args.world_size > 1 and args.device.type == "cpu":
         args.use_cpu = True
     return args
+
+
+def _try(args: TrainingArguments, values: Mapping[str, Any]) -> None:
+    """Make the schedule and look the optimizer up: what transformers would otherwise refuse when the run has begun."""
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    with refused(f"trainer.lr_scheduler_type: {values.get('lr_scheduler_type', 'linear')} (trainer.lr_scheduler_kwargs)"):
+        nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        get_scheduler(args.lr_scheduler_type, nothing, num_warmup_steps=1, num_training_steps=max(2, args.max_steps), scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    if "optim" in values:
+        with refused("trainer.optim"):
+            Trainer.get_optimizer_cls_and_kwargs(args)
 
 
 def hardware_defaults() -> dict[str, Any]:

@@ -45,9 +45,9 @@ def sync(path: Path) -> None:
 
 
 def _signed(body: dict[str, Any]) -> str:
-    """The manifest's text: the body, and the sha256 of the body's own text."""
+    """The manifest's text: the body, and the sha256 of the body's own text, which is laid out but once."""
     text = json.dumps(body, indent=1)
-    return json.dumps({**body, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1) + "\n"
+    return text[: -len("\n}")] + f',\n "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
 
 
 def write_signed(path: Path, body: dict[str, Any]) -> None:
@@ -187,6 +187,15 @@ def step_of(folder: Path) -> int:
     """The N of checkpoint-N, -1 for any other name."""
     match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
     return int(match[1]) if match else -1
+
+
+def items(folder: Path, default: int) -> int:
+    """Items of the stream that a checkpoint's run had read; `default` where its manifest, if it has one, does not know."""
+    try:
+        manifest = read_signed(folder / MANIFEST)
+    except Damaged:
+        return default
+    return int(manifest.get("items", manifest["step"] * manifest["identity"]["batch"] if "batch" in manifest["identity"] else default))
 
 
 def all_of(root: Path) -> list[Path]:

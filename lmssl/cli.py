@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--kind", default="bpe", help="bpe (byte-level), wordpiece or unigram; default bpe")
     sub.add_argument("--size", type=int, default=8192, help="number of ids, default 8192")
     sub.add_argument("--held-out", type=float, default=0.0, help="fraction of documents, by content hash, that training does not see")
+    sub.add_argument("--skip-bad-records", action="store_true", help="leave out records that are no valid text, instead of stopping at the first")
     sub.add_argument("--from", dest="source", help="complete this tokenizer instead of training one")
     verb("prepare", _prepare, "Tokenize a recipe's text ahead of time.", "RECIPE")
     sub = verb("show", _show, "Print rows before and after the objective, in colour.", "RECIPE")
@@ -67,7 +68,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--task", help="sentiment, translation or qa; read from the checkpoint's recipe.yaml where there is one")
     sub.add_argument("--out", help="file to write instead of standard output")
     sub.add_argument("--batch", type=int, default=32, help="inputs at a time, default 32")
-    sub = verb("evaluate", _evaluate, "Held-out loss and bits per byte of a checkpoint (on other text: data.text=PATH).", "CHECKPOINT")
+    sub = verb(
+        "evaluate",
+        _evaluate,
+        "Held-out loss and bits per byte of a pretrained checkpoint (on other text: data.text=PATH); a fine-tuned one's scores (data.test=FILE).",
+        "CHECKPOINT",
+    )
     sub.add_argument("--pairs", metavar="FILE", help="minimal pairs instead (BLiMP format: sentence_good, sentence_bad, UID)")
     sub = verb("report", _report, "Write report.html for one run or a set of runs.")
     sub.add_argument("folders", nargs="+", metavar="FOLDER")
@@ -167,8 +173,11 @@ def _tokenizer(options: argparse.Namespace) -> None:
         print(f"added {len(added)} special tokens" + (f": {', '.join(added[:5])} ..." if added else ""))
     else:
         limit = below(options.held_out)
-        texts = (text for text, _ in corpus.documents(corpus.resolve(options.text, "text")) if content_hash(text) >= limit)
+        bad = corpus.BadRecords(options.skip_bad_records, "--skip-bad-records leaves such records out")
+        texts = (text for text, _ in corpus.documents(corpus.resolve(options.text, "text"), None, bad) if content_hash(text) >= limit)
         tokenizer = tokenization.train(texts, options.kind, options.size)
+        if bad.count:
+            print(f"{bad.count:,} bad records skipped, the first: {bad.first[0]}")
     tokenizer.save(options.out)
     print(f"{options.out}: {tokenizer.size} ids, sha256 {tokenizer.hash}")
 
@@ -262,13 +271,22 @@ def _predict(options: argparse.Namespace) -> None:
 
     from lmssl.predict import predict
 
+    target = Path(options.out) if options.out else None
+
     _silence_transformers()
     files = [item for item in options.overrides if not item.startswith("task.")]
     rows = predict(options.recipe, files, task_name=options.task, overrides=[item for item in options.overrides if item.startswith("task.")], batch=options.batch, quiet=not files)
     first = next(rows, None)  # refusals come before the file is opened
-    with Path(options.out).open("w", encoding="utf-8") if options.out else nullcontext(sys.stdout) as target:
-        for row in () if first is None else chain([first], rows):
-            print(json.dumps(row, ensure_ascii=False), file=target)
+    beside = target.with_name(f"{target.name}.part") if target else None
+    try:
+        with beside.open("w", encoding="utf-8") if beside else nullcontext(sys.stdout) as file:
+            for row in () if first is None else chain([first], rows):
+                print(json.dumps(row, ensure_ascii=False), file=file)
+        if beside and target:
+            beside.replace(target)
+    finally:
+        if beside:
+            beside.unlink(missing_ok=True)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -280,8 +298,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         right, mean = 100 * found["accuracy"], 100 * found["mean_by_phenomenon"]
         print(f"{right:.2f}% of {found['pairs']:,} minimal pairs right ({found['ties']} ties counted as half); mean of the phenomena {mean:.2f}%")
         return
-    held = scoring.evaluate(options.recipe, options.overrides)["held_out"]
-    print(f"held-out loss {held['loss']:.6f}, {held['bits_per_byte']:.6f} bits per byte")
+    if scoring.is_fine_tuned(options.recipe):
+        metric, scores = scoring.evaluate_task(options.recipe, options.overrides)
+        shown = [metric, *(name for name, value in scores.items() if isinstance(value, float) and name != metric)]
+        print(", ".join(f"{name} {100 * scores[name]:.2f}" for name in shown) + f" of 100 on {scores['test_examples']:,} examples")
+        return
+    found = scoring.evaluate(options.recipe, options.overrides)
+    print(f"held-out loss {found['loss']:.6f}, {found['bits_per_byte']:.6f} bits per byte")
 
 
 def _report(options: argparse.Namespace) -> None:

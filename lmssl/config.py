@@ -96,7 +96,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), sections
 
 
 def apply_overrides(recipe: dict[str, dict[str, Any]], overrides: typing.Iterable[str], sections: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """`section.key=value` (nested: `section.key.sub=value`) laid over a recipe; the input is not changed."""
+    """`section.key=value` (nested: `section.key.sub=value`) laid over a recipe; the input is not changed. `section.key=null` takes a key out."""
     recipe = {name: dict(section) for name, section in recipe.items()}
     for item in overrides:
         key, equals, value = item.partition("=")
@@ -109,7 +109,12 @@ def apply_overrides(recipe: dict[str, dict[str, Any]], overrides: typing.Iterabl
             inner = target.get(part)
             target[part] = dict(inner) if isinstance(inner, dict) else {}
             target = target[part]
-        target[path[-1]] = parse_yaml(value, f"'{item}'")
+        # YAML would read a headless table's column #1 as a comment.
+        found = value if value.startswith("#") else parse_yaml(value, f"'{item}'")
+        if found is None:
+            target.pop(path[-1], None)
+        else:
+            target[path[-1]] = found
     return recipe
 
 

@@ -55,6 +55,20 @@ def written(what: str, stop: Callable[[str], Exception] = Stopped) -> Iterator[N
         raise
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator, or the allocator of a CPU, had no room left."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def refused(where: str) -> Iterator[None]:
+    """Turn what a library says of settings that it cannot work with into one line: "WHERE: REASON"."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+
+
 def did_you_mean(name: object, choices: Iterable[str]) -> str:
     """The tail of a refusal: the nearest valid name, or all of them where none is near."""
     names = sorted(set(choices))

@@ -364,14 +364,14 @@ class _Head(nn.Linear):
 def head_for_loss(model: PreTrainedModel, vocab: Vocab, args: transformers.TrainingArguments) -> nn.Linear | None:
     """The vocabulary projection of a prepared model that the loss may do by itself: None where logits are more than that
     (scaled or bent afterwards), and where it would not work: of several ranks DDP takes what the model's own output does not
-    depend on for unused, sharded weights are not whole, float16 needs its gradients scaled first. Not measured on a GPU: not done there.
+    depend on for unused, float16 needs its gradients scaled first. Not measured on a GPU: not done there.
 
     Args:
         vocab: of the tokenizer.
         args: of the run.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, _Head) or args.world_size > 1 or args.device.type != "cpu" or args.fsdp or args.deepspeed or args.fp16:
+    if not isinstance(head, _Head) or args.world_size > 1 or args.device.type != "cpu" or args.fp16:
         return None
     ids = torch.from_numpy(vocab.ordinary[None, :2].astype(np.int64)).to(model.device)
     more = {"decoder_input_ids": ids} if family_of(model.config) == "encoder-decoder" else {}

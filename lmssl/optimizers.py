@@ -24,7 +24,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     The arithmetic is that of `torch.optim.Muon`, to the same bits (float32 where the hardware has no bfloat16), but matrices
     of one shape go through it together: one product of many small matrices instead of many small products (decision
-    0015). Sharded matrices are left to torch.
+    0015).
 
     Args:
         groups: parameter groups; each has `muon: bool` and `weight_decay`.
@@ -60,7 +60,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss: Any = closure() if closure else None
         for group, part in zip(self.param_groups, self._parts, strict=True):
-            if group["muon"] and not any(hasattr(p, "device_mesh") for p in group["params"]):
+            if group["muon"]:
                 self._muon(group)
             else:
                 part.step()

@@ -64,14 +64,14 @@ def examples(task: Any, files: Sequence[str]) -> Iterator[Any]:
 
 
 def _named(source: corpus.Source, field: str | None) -> Iterator[corpus.Record]:
+    if source.kind != "txt":
+        yield from corpus.labelled(source)
+        return
     for record, where in corpus.records(source):
-        if source.kind == "txt":
-            if field is None:
-                raise UserError(f"{where}: this task needs a question and a context; give .jsonl, .csv, .parquet or SQuAD .json")
-            if not record["text"].strip():
-                continue
-            record = {field: record["text"]}
-        yield record, where
+        if field is None:
+            raise UserError(f"{where}: this task needs a question and a context; give .jsonl, .csv, .parquet or SQuAD .json")
+        if record["text"].strip():
+            yield {field: record["text"]}, where
 
 
 def _stdin(field: str | None) -> Iterator[corpus.Record]:

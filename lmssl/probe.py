@@ -61,8 +61,6 @@ def choose(values: Mapping[str, Any], args: TrainingArguments, model: PreTrained
     done = dict(values)
     if done["batch"] == "given" and "torch_compile" in done:
         return done
-    if args.fsdp or args.deepspeed:  # no rank holds the whole model
-        return {"torch_compile": False, **done, "batch": "given"}
     parts = done.get("gradient_accumulation_steps", 1)
     rows = done["per_device_train_batch_size"] * parts
     seconds: dict[int, float] = {}

@@ -21,8 +21,8 @@ from lmssl.objectives.base import Objective
 from lmssl.tokenization import Tokenizer
 
 if typing.TYPE_CHECKING:
+    from lmssl.pretraining import PretrainTrainer
     from lmssl.tasks.curve import Curve
-    from lmssl.trainer import PretrainTrainer
 
 log = logging.getLogger("lmssl")
 
@@ -191,14 +191,19 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     objective, tokenizer = check(recipe)
     values = arguments.resolve(recipe.trainer, arguments.pretrain_defaults())
     args = arguments.build(values)  # refuses before any text is read
-    out = Path(args.output_dir)
+    out, first = Path(args.output_dir), int(os.environ.get("RANK", 0)) == 0
     if resume:
         values |= probe.recorded(out / "recipe.yaml", recipe.trainer, PRETRAIN)
-    finished = _claim(out, values.get("max_steps"), resume, overwrite)
-    if finished:
-        log.info("%s is finished at step %d; nothing to do", out, finished["steps"])
+    else:
+        _check_free(out, _leavings(out), recipe.model.get("from"), overwrite or not first)
+    if finished := _finished(out, values.get("max_steps"), resume):
         return finished
+    _folder(out)
     trainer, values = assemble(recipe, objective, tokenizer, values, quiet)
+    if finished := _finished(out, trainer.args.max_steps, resume):  # of num_train_epochs
+        return finished
+    if first and not resume:  # by now nothing more is to be refused that could have been
+        _remove([*_leavings(out), *out.glob("damaged-checkpoint-*")])
     point = trainer.resume_point(accept) if resume else None
     if point is None and models.init_of(recipe.model) == "text":
         beginnings.begin_from_text(trainer.model, trainer.train_dataset.tokens, trainer.args.seed)
@@ -215,7 +220,7 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     trainer.run(point)
     metrics = trainer.metrics()
     if trainer.is_world_process_zero():
-        metrics |= {"environment": output.environment(), "rows_shown": examples(trainer.train_dataset, tokenizer)}
+        metrics |= {"data": trainer.train_dataset.tokens.identity, "environment": output.environment(), "rows_shown": examples(trainer.train_dataset, tokenizer)}
         _finish(out, trainer.accelerator.unwrap_model(trainer.model), tokenizer, metrics, resolved)
     trainer.accelerator.wait_for_everyone()
     return metrics
@@ -230,25 +235,37 @@ def _start(recipe: PretrainRecipe) -> int | None:
     return getattr(models.read_config(str(recipe.model["from"]), "model.from"), "decoder_start_token_id", None)
 
 
-def _claim(out: Path, steps: int | None, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-    """Make the output folder ours, by the rules of the design; a finished run is returned."""
-    rank = int(os.environ.get("RANK", 0))
-    present = [p for p in (out / "metrics.json", out / "recipe.yaml", *out.glob("checkpoint-*")) if p.exists()]
-    if out.exists() and not out.is_dir():
-        raise UserError(f"trainer.output_dir: {out} is a file")
-    if resume:
-        done = output.read_json(out / "metrics.json")
-        return done if done and steps and done.get("steps", 0) >= steps else None
-    if present and not overwrite and rank == 0:
+def _leavings(out: Path, *more: str) -> list[Path]:
+    """What an earlier run left in its folder: results, checkpoints and model, of which nothing may be taken for a later run's."""
+    names = ("metrics.json", "recipe.yaml", *more, "checkpoint-*", "config.json", "generation_config.json", "model*.safetensors*", "README.md")
+    return [path for name in names for path in sorted(out.glob(name))]
+
+
+def _check_free(out: Path, present: list[Path], source: str | None, overwrite: bool) -> None:
+    """Refuse an output folder that is the backbone itself, or that holds a run, unless that is to be overwritten."""
+    if source is not None and out.resolve() == Path(source).resolve():
+        raise UserError(f"trainer.output_dir: {out} is the backbone in model.from, which it would overwrite; name another folder")
+    if present and present[0].name != "README.md" and not overwrite:
         raise UserError(f"trainer.output_dir: {out} holds a run ({present[0].name}); --resume continues it, --overwrite begins anew")
-    if rank == 0:
-        for path in [*present, *out.glob("damaged-checkpoint-*")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _folder(out)
-    return None
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _finished(out: Path, steps: int | None, resume: bool) -> dict[str, Any] | None:
+    """What metrics.json says of a run that has all its steps."""
+    done = output.read_json(out / "metrics.json") if resume else None
+    if not done or not steps or done.get("steps", 0) < steps:
+        return None
+    log.info("%s is finished at step %d; nothing to do", out, done["steps"])
+    return done
 
 
 def _folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"trainer.output_dir: {out} is a file")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -263,7 +280,7 @@ def assemble(recipe: PretrainRecipe, objective: Objective, tokenizer: Tokenizer,
         values: of `arguments.resolve`.
     """
     from lmssl import models, probe
-    from lmssl.trainer import PretrainTrainer
+    from lmssl.pretraining import PretrainTrainer
 
     token_set = prepared(recipe.data, tokenizer, quiet=quiet)
     values = arguments.with_steps(values, token_set.rows(objective.row_length(recipe.data.seq_length)))
@@ -357,18 +374,14 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
     values = arguments.resolve(recipe.trainer, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
     out = Path(values["output_dir"])
     first = int(os.environ.get("RANK", 0)) == 0
-    present = [p for p in (out / "metrics.json", out / ledger.NAME, out / "recipe.yaml", out / "checkpoints", out / "predictions") if p.exists()]
-    if out.resolve() == Path(recipe.source).resolve():
-        raise UserError(f"trainer.output_dir: {out} is the backbone in model.from, which it would overwrite; name another folder")
-    if present and not (resume or overwrite):
-        raise UserError(f"trainer.output_dir: {out} holds a run ({present[0].name}); --resume continues it, --overwrite begins anew")
+    present = _leavings(out, ledger.NAME, "checkpoints", "predictions")
+    _check_free(out, present, recipe.source, resume or overwrite)
     runs = curve_of(recipe, values, quiet)
     task: Any = runs.task
     if resume:
         runs.ledger.load(accept)
     elif first:
-        for path in present:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _remove(present)
     resolved = {"task": {"name": task.name} | dataclasses.asdict(task), "data": dataclasses.asdict(recipe.data), "model": {"from": recipe.source}, "trainer": values}
     leaks = leak_check(recipe.source, runs.test)
     if not quiet and first:
@@ -402,24 +415,45 @@ def curve_of(recipe: FinetuneRecipe, values: dict[str, Any], quiet: bool) -> Cur
 
 
 def leak_check(source: str, test: typing.Sequence[Any]) -> dict[str, Any]:
-    """How many test examples share 13 words in a row with what the backbone was pretrained on.
+    """How many test examples share 13 words in a row with what the backbone was pretrained on, and the checkpoints that it was continued from.
 
     Returns:
         {"checked": True, "test_examples", "leaked", "examples": where the first few stand}; or {"checked": False, "reason"}.
     """
     from lmssl.data.contamination import leaked
 
-    path = Path(source) / "recipe.yaml"
-    if not path.is_file():
-        return {"checked": False, "reason": "the backbone has no recipe.yaml, so its text is not known"}
-    try:
-        data = config.build(DataSection, config.load(path, (), PRETRAIN)["data"], "data")
-        tokenizer = tokenization.load(source)
-        documents = prepared(data, tokenizer, quiet=True).texts()
-    except UserError as error:
-        return {"checked": False, "reason": f"the pretraining text is not at hand: {error}"}
     owners = [k for k, example in enumerate(test) for _ in example.texts()]
-    # The documents come out of the tokenizer again, perhaps in lower case; so must the test texts.
-    texts = tokenizer.round_trip([text for example in test for text in example.texts()])
-    found = sorted({owners[i] for i in leaked(texts, documents)})
-    return {"checked": True, "test_examples": len(test), "leaked": len(found), "examples": [test[k].where for k in found[:20]]}
+    found: set[int] = set()
+    folder: str | None = source
+    while folder is not None:
+        try:
+            token_set, tokenizer, before = _pretraining_text(folder)
+        except UserError as error:
+            known = f"; of the text since then {len(found):,} of {len(test):,} test examples" if folder != source else ""
+            return {"checked": False, "reason": f"{error}{known}"}
+        # The documents come out of the tokenizer again, perhaps in lower case; so must the test texts.
+        texts = tokenizer.round_trip([text for example in test for text in example.texts()])
+        found |= {owners[i] for i in leaked(texts, token_set.texts())}
+        folder = before
+    return {"checked": True, "test_examples": len(test), "leaked": len(found), "examples": [test[k].where for k in sorted(found)[:20]]}
+
+
+def _pretraining_text(checkpoint: str) -> tuple[TokenSet, Tokenizer, str | None]:
+    """What a checkpoint was pretrained on, its tokenizer, and the checkpoint that it was continued from.
+
+    Raises:
+        UserError: its text is not known, not at hand, or no longer what it was.
+    """
+    path = Path(checkpoint) / "recipe.yaml"
+    if not path.is_file():
+        raise UserError(f"{checkpoint} has no recipe.yaml, so its text is not known")
+    sections = config.load(path, (), PRETRAIN)
+    try:
+        tokenizer = tokenization.load(checkpoint)
+        found = prepared(config.build(DataSection, sections["data"], "data"), tokenizer, quiet=True)
+    except UserError as error:
+        raise UserError(f"the pretraining text of {checkpoint} is not at hand: {error}") from None
+    then = (output.read_json(path.with_name("metrics.json")) or {}).get("data")
+    if then and then["data"] != found.identity["data"]:
+        raise UserError(f"the pretraining text of {checkpoint} has changed since")
+    return found, tokenizer, sections["model"].get("from")

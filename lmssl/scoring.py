@@ -1,4 +1,4 @@
-"""Scoring a checkpoint: held-out loss and bits per byte, and which sentence of a minimal pair it prefers."""
+"""Scoring a checkpoint: held-out loss and bits per byte, a task's scores, and which sentence of a minimal pair it prefers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from lmssl.recipe import PRETRAIN, DataSection, prepared
 
 
 def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]:
-    """Held-out loss and bits per byte of a checkpoint, on its own held-out text or on `data.text=PATH`."""
+    """Loss and bits per byte of a pretrained checkpoint, on its own held-out text (`held_out` of its metrics.json) or on `data.text=PATH` (`evaluated`).
+
+    Returns:
+        {"loss", "bits_per_byte"}.
+    """
     from lmssl import models
     from lmssl.data.stream import Collator
     from lmssl.evaluation import held_out, result
@@ -39,18 +43,73 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     batch = sections["trainer"].get("per_device_eval_batch_size", 64)
     if not isinstance(batch, int) or batch < 1:
         raise UserError(f"trainer.per_device_eval_batch_size: {batch!r} must be a whole number above 0")
-    token_set = prepared(data, tokenizer).held_out() if own_text else tokens.prepare(data.text, tokenizer, 0.0)
+    token_set = prepared(data, tokenizer).held_out() if own_text else tokens.prepare(data.text, tokenizer, 0.0, on_bad_record=data.on_bad_record)
     start = getattr(checkpoint_config, "decoder_start_token_id", None)
     vocab = token_set.vocab(start)
-    model = models.prepare(models.build({"from": checkpoint}, vocab, objective, data.seq_length, 0))
+    model = models.prepare(models.build({"from": checkpoint}, vocab, objective, data.seq_length, 0)).to(device())
     stream = Stream(token_set, objective, data.seq_length, seed=0, length=None, start=start)
-    values = held_out(model, stream, Collator(objective, data.seq_length, family, vocab.pad), batch)
+    values = held_out(model, stream, Collator(objective, data.seq_length, family, vocab.pad), batch, model.device)
     if not values["labels"]:
         raise UserError(f"data.text: {sections['objective']['name']} asks for no token of this text; it is too short to measure anything")
-    metrics = (output.read_json(folder / "metrics.json") or {}) | {"held_out": result(values) | {"text": "held out" if own_text else data.text}}
+    found = result(values)
+    if own_text:
+        _note(folder, "held_out", found)
+    else:
+        _note(folder, "evaluated", {", ".join([data.text] if isinstance(data.text, str) else data.text): found})
+    return found
+
+
+def evaluate_task(checkpoint: str, overrides: typing.Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The scores of a fine-tuned checkpoint on labelled files, `data.test=FILE`; `evaluated` of its metrics.json.
+
+    Args:
+        overrides: `data.test`, and `task.key=value` for other column names.
+
+    Returns:
+        (name of the metric that the task goes by, {name: score}).
+    """
+    from lmssl import predict
+    from lmssl.data import corpus
+
+    own = [item for item in overrides if item.startswith("task.")]
+    sections = config.apply_overrides({"data": {}, "trainer": {}}, [item for item in overrides if item not in own], ("data", "trainer"))
+    config.check_keys(sections["data"], ["test"], "data")
+    config.check_keys(sections["trainer"], ["per_device_eval_batch_size"], "trainer")
+    files, batch = sections["data"].get("test"), sections["trainer"].get("per_device_eval_batch_size", 64)
+    if not isinstance(files, str | list) or not files:
+        raise UserError(f"data.test: missing; {checkpoint} is a fine-tuned model, so name labelled files: data.test=FILE")
+    task, backbone, model = predict.load(checkpoint, None, own)
+    examples = task.read(corpus.resolve(files, "data.test"))
+    if not examples:
+        raise UserError(f"data.test: {files}: no example")
+    for example in examples if task.classes else ():
+        if example.label not in backbone.classes:
+            raise UserError(f"{example.where}: the class '{example.label}' is none of the model's ({', '.join(backbone.classes)})")
+    scores, _ = task.evaluate(model, backbone, examples, batch)
+    scores |= {"test_examples": len(examples)}
+    _note(Path(checkpoint), "evaluated", {", ".join([files] if isinstance(files, str) else files): scores})
+    return task.metric, scores
+
+
+def is_fine_tuned(checkpoint: str) -> bool:
+    """Whether a checkpoint's recipe says that it was fine-tuned for a task."""
+    path = Path(checkpoint) / "recipe.yaml"
+    return path.is_file() and "task" in config.parse_yaml(path.read_text(encoding="utf-8"), str(path))
+
+
+def device() -> str:
+    """Where a model is scored."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _note(folder: Path, key: str, value: dict[str, Any]) -> None:
+    """Into metrics.json of a checkpoint that lies here; what is there under other keys, or of other texts, stays."""
     if folder.is_dir():
-        output.write_json(folder / "metrics.json", metrics)
-    return metrics
+        metrics = output.read_json(folder / "metrics.json") or {}
+        before = metrics.get(key, {}) if key == "evaluated" else {}
+        output.write_json(folder / "metrics.json", metrics | {key: before | value})
 
 
 def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
@@ -67,12 +126,12 @@ def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
     folder = Path(checkpoint)
     checkpoint_config = models.read_config(checkpoint, "CHECKPOINT")
     family, tokenizer = models.family_of(checkpoint_config), tokenization.load(checkpoint)
-    records = [record for source in corpus.resolve(path, "--pairs") for record in corpus.records(source)]
     names, hint = ("sentence_good", "sentence_bad"), "minimal pairs have the columns of BLiMP: sentence_good, sentence_bad, UID"
+    records = [record for source in corpus.resolve(path, "--pairs") for record in corpus.labelled(source, hint)]
     pairs = [(*(corpus.text_of(r, name, where, hint) for name in names), str(r.get("UID", "all"))) for r, where in records]
     if not pairs:
         raise UserError(f"--pairs: {path} holds no pair")
-    model = models.AUTO[family].from_pretrained(checkpoint, use_safetensors=True, trust_remote_code=False).float()
+    model = models.AUTO[family].from_pretrained(checkpoint, use_safetensors=True, trust_remote_code=False).float().to(device())
     vocab = tokenizer.vocab(getattr(checkpoint_config, "decoder_start_token_id", None))
     begin = 1 if "bos" in tokenizer.roles else 0
     ids = [row[begin:-1] for row in tokenizer.encode([text for good, bad, _ in pairs for text in (good, bad)])]
@@ -85,6 +144,5 @@ def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
     with tqdm(total=total, unit="row", disable=None, leave=False) as bar:
         values = likelihood.log_likelihoods(model, family, ids, vocab, by, bar.update)
     found = likelihood.preferred(values[::2], values[1::2], [kind for _, _, kind in pairs])
-    if folder.is_dir():
-        output.write_json(folder / "metrics.json", (output.read_json(folder / "metrics.json") or {}) | {"minimal_pairs": found})
+    _note(folder, "minimal_pairs", found)
     return found

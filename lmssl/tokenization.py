@@ -288,7 +288,9 @@ def _fetch(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=[*_FILES, "*.model", "vocab.*", "merges.txt"]))
     except Exception as error:  # offline, unknown id, refused: many types, one way out
-        raise UserError(f"data.tokenizer: '{source}' is no folder here and cannot be had from the hub ({type(error).__name__})") from error
+        raise UserError(
+            f"data.tokenizer: '{source}' is no folder here and cannot be had from the hub ({type(error).__name__}); train one with: lmssl tokenizer TEXT --out {source}"
+        ) from error
 
 
 def _load_slow(source: str | Path, folder: Path) -> Tokenizer:

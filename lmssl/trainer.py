@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
-import math
 import os
 import pickle
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -22,12 +22,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from lmssl import checkpoints, machine, models
-from lmssl.data.stream import Collator, Stream, count_tokens
-from lmssl.data.tokens import TokenSet
-from lmssl.errors import Diverged, Interrupted, Stopped, UserError, written
-from lmssl.evaluation import held_out, held_out_stream
-from lmssl.objectives import fields_of
-from lmssl.objectives.base import IGNORE, Objective, token_loss
+from lmssl.arguments import WHOLE
+from lmssl.data.stream import Onwards, Stream, count_tokens
+from lmssl.errors import Interrupted, Stopped, UserError, out_of_memory, refused, written
+from lmssl.objectives.base import token_loss
 from lmssl.optimizers import MuonAdamW, muon_groups, sizes_of
 from lmssl.watch import Clock, Guard, Progress, of_the_data
 
@@ -53,6 +51,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         quiet: no progress.
         on_spike: "warn" of a gradient that is `SPIKE` times the usual, "stop" before it is applied, or "ignore" it.
         worker_timeout: seconds without a batch after which a data worker counts as hanging.
+        eval_dataset: what `evaluate` measures; without one, `eval_strategy` stays "no".
     """
 
     def __init__(
@@ -66,6 +65,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         quiet: bool = False,
         on_spike: str = "warn",
         worker_timeout: float = 300,
+        eval_dataset: Any = None,
     ):
         args.train_sampling_strategy = "sequential"
         args.remove_unused_columns = args.logging_nan_inf_filter = False
@@ -73,8 +73,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         args.save_total_limit, args.average_tokens_across_devices = None, True
         args.disable_tqdm = True
         # accelerate's bf16 widens every output to float32: at a vocabulary of 8k that copy costs a quarter of the
-        # step. lmssl casts around the forward pass itself; sharded training keeps accelerate's own way.
-        self.autocast = bool(args.bf16 and not args.fsdp and not args.deepspeed)
+        # step. lmssl casts around the forward pass itself.
+        self.autocast = bool(args.bf16)
         if self.autocast:
             args.mixed_precision = "no"
         if args.n_gpu > 1:
@@ -82,7 +82,10 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             log.warning("%d GPUs are visible and one is used; all of them: torchrun --nproc-per-node %d -m lmssl ...", args.n_gpu, args.n_gpu)
             args._n_gpu = 1
         machine.keep_memory(args.device.type)
-        super().__init__(model, args, data_collator, train_dataset, compute_loss_func=token_loss)  # type: ignore[arg-type]
+        with refused("trainer"):
+            super().__init__(model, args, data_collator, train_dataset, eval_dataset, compute_loss_func=token_loss)  # type: ignore[arg-type]
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(f"accelerate's configuration: FSDP and DeepSpeed are not supported: {WHOLE}; DDP is")
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.remove_callback(callback)
         if args.torch_compile and args.device.type == "cpu":
@@ -99,7 +102,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self._stage: Path | None = None
         self._sealer = ThreadPoolExecutor(1, "lmssl-seal")
         self._sealing: Future[None] | None = None
-        self._begin, self._any_label = 0, False
+        self._begin, self._any_label = (0, 0), False  # step and item that this process begins with
         self._known_good: set[str] = set()
         self.guard = Guard(self)
         self.add_callback(self.guard)
@@ -118,8 +121,19 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.optimizer_kind == "muon":
             groups = muon_groups(self.model, self.args.weight_decay, self.args.learning_rate, self._sizes)
-            self.optimizer = MuonAdamW(groups, lr=self.args.learning_rate, betas=(self.args.adam_beta1, self.args.adam_beta2))
-        return super().create_optimizer(model) if self.optimizer is None else self.optimizer
+            self.optimizer = MuonAdamW(groups, self.args.learning_rate, (self.args.adam_beta1, self.args.adam_beta2), self.args.adam_epsilon)
+        with refused("trainer.optim"):
+            return super().create_optimizer(model) if self.optimizer is None else self.optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        with refused("trainer.lr_scheduler_type"):
+            return super().create_scheduler(*args, **kwargs)
+
+    def items(self, step: int) -> range:
+        """The items of the stream that an optimizer step, counted from 0, reads over all ranks."""
+        begun, first = self._begin
+        first += (step - begun) * self.global_batch
+        return range(first, first + self.global_batch)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one optimizer step, and the number of labels in all of them on all ranks."""
@@ -139,13 +153,22 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             self._any_label = True
         return batches, count.to(device).clamp(min=1)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.train`; the stream is entered at the checkpoint's step by arithmetic, not read up to it."""
-        self._begin = 0
-        if isinstance(resume_from_checkpoint, str):
-            self._begin = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json")).global_step * self.global_batch
+    def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`; the stream is entered at the checkpoint's item by arithmetic, not read up to it.
+
+        Args:
+            resume_from_checkpoint: a folder; True: of `resume_point`.
+        """
+        found = self.resume_point() if resume_from_checkpoint is True else resume_from_checkpoint
+        folder, self._begin = Path(found) if found else None, (0, 0)
+        if folder is not None:
+            step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
+            self._begin = (step, checkpoints.items(folder, step * self.global_batch))
+            # A batch of another size, accepted on resuming, may need more items than the steps of the whole run have.
+            if (end := self.items(self.args.max_steps).start) > len(self.train_dataset):  # type: ignore[arg-type]
+                self.train_dataset.length = end  # type: ignore[union-attr]
         try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            result = super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
         except BaseException:
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 self._settle()
@@ -155,7 +178,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         return result
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        return _Onwards(self._begin, len(self.train_dataset))  # type: ignore[arg-type]
+        end = min(self.items(self.args.max_steps).start, len(self.train_dataset))  # type: ignore[arg-type]
+        return Onwards(self._begin[1], end, self.args.max_steps * self.global_batch)  # type: ignore[return-value]
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
@@ -239,18 +263,26 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups] if checkpoint else []
+        with refused(f"{checkpoint}: its optimizer is another"):
+            super()._load_optimizer_and_scheduler(checkpoint)
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         if checkpoint and isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-            # Of this run's schedule, which may be longer than the saved one: at that one's end the rate is 0.
-            for group, rate, factor in zip(self.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-                group["lr"] = rate * factor(schedule.last_epoch)
+            # The state is the checkpoint's; rates and the like are this run's, and so is its schedule, which may be longer than
+            # the saved one: at that one's end the rate is 0.
+            schedule.base_lrs = [group["initial_lr"] for group in own]
+            for group, values, factor in zip(self.optimizer.param_groups, own, schedule.lr_lambdas, strict=True):
+                group |= values | {"lr": values["initial_lr"] * factor(schedule.last_epoch)}
 
     def _seal(self, staged: Path, facts: dict[str, Any]) -> None:
         root = staged.parent.parent
         try:
             (staged / "training_args.bin").unlink(missing_ok=True)
             checkpoints.seal(staged, facts, self._hashes)
+            try:
+                checkpoints.read_signed(staged / checkpoints.MANIFEST)  # before older ones are given up for it
+            except checkpoints.Damaged as error:
+                raise OSError(errno.EIO, str(error)) from error
             checkpoints.publish(staged, root / staged.name)
             self._known_good.add(staged.name)
             checkpoints.rotate(root, self._known_good)
@@ -267,11 +299,13 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
     def _facts(self) -> dict[str, Any]:
         return {
             "step": self.state.global_step,
+            "items": self.items(self.state.global_step).start,
             "identity": self.identity,
             "tokens": self._total_tokens(),
             "seconds": self.clock.seconds,
-            "other_seconds": self.clock.other,
-            "curve": self.curve,
+            # Copies: the training goes on while these are written.
+            "other_seconds": dict(self.clock.other),
+            "curve": list(self.curve),
             "norms": list(self.guard.norms),
         }
 
@@ -318,7 +352,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             return None
         for key, now in self.identity.items():
             then = manifest["identity"].get(key)
-            if then != now and key not in accept:
+            if key in manifest["identity"] and then != now and key not in accept:
                 raise UserError(f"--resume: {key} changed: {path.name} has {_short(then)}, this run {_short(now)}; --accept {key} goes on all the same")
         if rejected and self.is_world_process_zero():
             checkpoints.set_aside(root, manifest["step"])
@@ -340,6 +374,9 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             try:
                 self.train(resume_from_checkpoint=str(resume) if resume else None)
             except RuntimeError as error:
+                if out_of_memory(error):
+                    advice = "a smaller trainer.per_device_train_batch_size (gradient_accumulation_steps makes up for it), or batch: auto"
+                    raise self.stopped(f"step {self.state.global_step + 1} does not fit into memory: {advice}") from error
                 # torch's handler for a worker that died raises wherever the main thread happens to be.
                 if "DataLoader worker" not in str(error):
                     raise
@@ -352,149 +389,6 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             raise Interrupted(f"{name}: saved {where}; --resume continues there", self.guard.signum)
 
 
-class _Onwards(torch.utils.data.Sampler[int]):
-    """Items `begin`, `begin` + 1, ... of a stream; its length is the whole stream's, from which steps are counted."""
-
-    def __init__(self, begin: int, length: int):
-        self.begin, self.length = begin, length
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.begin, self.length))
-
-    def __len__(self) -> int:
-        return self.length
-
-
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-class PretrainTrainer(ExactTrainer):
-    """Pretrain a model with an objective on a token set.
-
-    Args:
-        model: a decoder, encoder or encoder-decoder with its language-modelling head.
-        objective: e.g. `lmssl.MaskedTokens(rate=0.3)`.
-        train_dataset: a `TokenSet`; its held-out documents are the evaluation set.
-        args: TrainingArguments; `max_steps` must be set.
-        seq_length: tokens the model reads; None takes the positions of the model.
-        optimizer: "adamw" or "muon".
-        on_spike, worker_timeout: as `ExactTrainer`.
-
-    Raises:
-        UserError: a model of a family that the objective cannot train, a tokenizer that lacks what it needs, a
-            vocabulary larger than the model's.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        objective: Objective,
-        train_dataset: TokenSet,
-        args: TrainingArguments,
-        seq_length: int | None = None,
-        optimizer: str = "adamw",
-        quiet: bool = False,
-        on_spike: str = "warn",
-        worker_timeout: float = 300,
-    ):
-        section = fields_of(objective)
-        family = models.check_family(model.config, objective, section["name"])
-        train_dataset.tokenizer.check(objective, section["name"])
-        rows, ids = model.get_input_embeddings().weight.shape[0], train_dataset.manifest["vocabulary"]
-        if ids > rows:
-            raise UserError(f"the tokenizer has {ids} ids, the model {rows} embeddings; models.build takes the size from the tokenizer")
-        if args.max_steps <= 0:
-            raise UserError(f"trainer.max_steps: {args.max_steps} must be at least 1 optimizer step")
-        if not train_dataset.manifest["held_out"]["documents"]:
-            raise UserError("train_dataset: no document is held out, and a run is judged by held-out text; prepare it with held_out above 0")
-        length = seq_length or models.max_length(model.config)
-        if length is None:
-            raise UserError("seq_length: this model has no fixed number of positions; say how many tokens a row has")
-        self.seq_length, self.objective = length, objective
-        self.start = getattr(model.config, "decoder_start_token_id", None)
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        batch = world * args.per_device_train_batch_size * args.gradient_accumulation_steps
-        stream = Stream(train_dataset, objective, length, args.seed, args.max_steps * batch, self.start)
-        collator = Collator(objective, length, family, stream.vocab.pad)
-        identity = train_dataset.identity | {"objective": section, "seed": args.seed, "batch": batch, "seq_length": length, "threads": torch.get_num_threads()}
-        identity |= {"bf16": bool(args.bf16), "torch_compile": bool(args.torch_compile)}
-        super().__init__(models.prepare(model), args, stream, collator, optimizer, identity, quiet, on_spike, worker_timeout)
-        if not (args.fsdp or args.deepspeed):  # no rank holds the whole model there
-            models.check_isolated(self.model, stream.vocab, length)
-        self.head = models.head_for_loss(self.model, stream.vocab, args)
-        self.held_out_stream = held_out_stream(stream, length, self.start)
-        self.held_out_collator = Collator(objective.held_out(), length, family, stream.vocab.pad)
-        self.token_bytes = torch.from_numpy(stream.vocab.token_bytes).to(args.device)
-        self.asked = torch.zeros(2, dtype=torch.int64, device=args.device)
-        """Labelled tokens of this process since the last log line, and their bytes of text."""
-
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        labels = inputs["labels"].to(self.args.device)
-        labels = labels[labels != IGNORE]
-        self.asked += torch.stack([torch.tensor(labels.numel(), device=labels.device), self.token_bytes[labels].sum()])
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        if self.head is None or return_outputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs.pop("labels")
-        return self.compute_loss_func(models.output_for_loss(model, self.head, inputs), labels, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
-
-    def bits_per_byte(self, loss: float) -> float | None:
-        """Of a training loss, over the labels since this was last asked; None where they stand for no text."""
-        labels, size = self.asked.tolist()
-        self.asked.zero_()
-        return loss * labels / math.log(2) / size if size else None
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
-        """Held-out loss and bits per byte of the model as it stands."""
-        with self.clock.paused("evaluation"):
-            values = held_out(
-                self.model,
-                self.held_out_stream,
-                self.held_out_collator,
-                self.args.per_device_eval_batch_size,
-                self.args.device,
-                (self.args.process_index, self.args.world_size),
-                self._sum,
-            )
-        metrics = {"eval_loss": values["loss"], "eval_bits_per_byte": values["bits_per_byte"]}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def measure(self) -> None:
-        if self.quiet or self.peak or not isinstance(self.train_dataset, Stream):
-            return
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-        self.peak = machine.matmul_peak(str(self.args.device), dtype, torch.get_num_threads())
-        if self.args.fsdp or self.args.deepspeed:
-            return  # the parameters are not whole here
-        batch = {k: v.to(self.args.device) for k, v in self.data_collator([self.train_dataset[0]]).items()}
-        with self.compute_loss_context_manager():
-            self.flops = machine.step_flops(self.accelerator.unwrap_model(self.model), batch, token_loss)
-
-    def metrics(self) -> dict[str, Any]:
-        """What metrics.json says of a finished run; held-out loss is measured in float32."""
-        seconds, tokens = self.clock.seconds, self._total_tokens()
-        share = self.peak_share(self.state.global_step, seconds)
-        values = self.evaluate()
-        if not math.isfinite(values["eval_loss"]):
-            raise self.stopped("the held-out loss is not finite", Diverged)
-        return {
-            "objective": fields_of(self.objective)["name"],
-            "family": models.family_of(self.model.config),
-            "architecture": self.model.config.model_type,
-            "parameters": models.parameters(self.model),
-            "seed": self.args.seed,
-            "steps": self.state.global_step,
-            "tokens": tokens,
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-            "matmul_share": share and round(share, 4),
-            "held_out": {"loss": values["eval_loss"], "bits_per_byte": values["eval_bits_per_byte"]},
-            "other_seconds": {k: round(v, 3) for k, v in self.clock.other.items()},
-            "curve": self.curve,
-        }

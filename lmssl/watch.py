@@ -71,6 +71,9 @@ class Guard(TrainerCallback):
         self.norms: deque[float] = deque(maxlen=64)
         """Gradient norms of the last steps, before clipping."""
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # a checkpoint's state brings the intervals of its own run
+
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.losses.clear()
         torch.manual_seed(mix(args.seed, state.global_step, args.process_index) >> 1)
@@ -97,13 +100,12 @@ class Guard(TrainerCallback):
             log.warning("%s; %s", what, self._replay(state))
 
     def _step(self, state: TrainerState) -> str:
-        step, batch = state.global_step, self.trainer.global_batch
-        return f"step {step + 1} (items {step * batch} to {(step + 1) * batch - 1} of the stream)"
+        items = self.trainer.items(state.global_step)
+        return f"step {state.global_step + 1} (items {items.start} to {items.stop - 1} of the stream)"
 
     def _replay(self, state: TrainerState) -> str:
-        step, batch = state.global_step, self.trainer.global_batch
         if where := getattr(self.trainer.train_dataset, "where", None):
-            names = list(dict.fromkeys(where(i) for i in range(step * batch, (step + 1) * batch)))
+            names = list(dict.fromkeys(where(i) for i in self.trainer.items(state.global_step)))
             return f"its examples: {', '.join(names[:16])}" + (f" and {len(names) - 16} more" if len(names) > 16 else "")
         more = f" --batch {self.trainer.global_batch}" if self.trainer.args.world_size > 1 else ""
         return f"its rows: lmssl show {Path(self.trainer.args.output_dir) / 'recipe.yaml'} --at-step {state.global_step + 1}{more}"

@@ -28,6 +28,7 @@ FLOORS = {
     "probe": 2,
     "beginnings": 2,
     "trainer": 2,
+    "pretraining": 3,
     "tasks": 3,
     "report": 3,
     "cards": 3,
@@ -42,7 +43,7 @@ FLOORS = {
 }
 WITHIN = [
     ["objectives.base", "objectives.cross_entropy"],
-    ["data.verses", "data.corpus", "data.contamination", "data.tokens", "data.stream"],
+    ["data.verses", "data.formats", "data.corpus", "data.contamination", "data.tokens", "data.stream"],
     ["tasks.base", "tasks.generation", "tasks.squad", "tasks.adapters", "tasks.baseline", "tasks.ledger", "tasks.curve"],
     ["tasks.base", "tasks.generation", "tasks.squad", "tasks.qa"],
     ["tasks.base", "tasks.sentiment"],

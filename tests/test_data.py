@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import lmssl
-from lmssl.data import corpus, tokens
+from lmssl.data import corpus, formats, tokens
 from lmssl.data.stream import Stream, generator, permuted
 from lmssl.errors import UserError
 from lmssl.objectives import MaskedTokens, NextToken
@@ -70,6 +71,33 @@ def test_tables_without_a_header(tmp_path):
         list(corpus.documents(corpus.resolve(f"{name}::#3")))
 
 
+def test_a_list_of_records(tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
+    assert list(corpus.documents(corpus.resolve(str(tmp_path / "list.json")))) == [(text, f"{tmp_path}/list.json:[{n}]") for n, text in enumerate(TEXTS)]
+
+
+def test_a_folder_of_somebody_s_is_not_replaced(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for taken in (tmp_path / "mine", tmp_path / "mine" / "notes.txt"):
+        with pytest.raises(UserError, match="holds something that is not a token set"):
+            lmssl.from_iterable(TEXTS, tokenizer(), taken)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        assert lmssl.from_iterable(TEXTS, tokenizer(), tmp_path / "empty").documents
+
+
+def test_a_worker_that_is_no_fork_gets_the_folder_not_the_tokens(shared_dir):
+    made = token_set(shared_dir)
+    for split in (made, made.held_out()):
+        sent = pickle.dumps(split)
+        again = pickle.loads(sent)  # noqa: S301 - its own
+        assert len(sent) < 500
+        assert (again.split, again.tokens) == (split.split, split.tokens)
+        assert (again.row(0, 16, 0).ids == split.row(0, 16, 0).ids).all()
+
+
 def test_saved_dataset(tmp_path):
     import datasets
 
@@ -98,8 +126,13 @@ BAD = {
     "quote.csv": (b'text\n"a\n', r"quote.csv:2: not valid CSV"),
     "fake.parquet": (b"not parquet at all", r"fake.parquet: not a readable parquet file"),
     "cr.txt": (b"a\rb\rc\n", r"cr.txt:1: a carriage return inside"),
+    "lines.json": (b'{"text": "a"}\n{"text": "b"}\n', r"lines.json: not valid JSON: .*on each line belongs into a .jsonl"),
+    "strings.json": (b'["a"]', r"strings.json:\[0\]: expected a JSON object with a column for the text, got text"),
+    "object.json": (b'{"rows": []}', r"object.json: neither a list of records nor SQuAD JSON"),
+    "semicolon.csv": (b"text;label\na;1\n", r"semicolon.csv:1: the columns seem to be divided by ';'; what divides them here is a comma"),
+    "all.txt::file": (b"one\ntwo\n", r"no document to train on: all 1 are held out .*FILE::paragraph"),
     "zip.jsonl": (b"PK\x03\x04rest", r"zip.jsonl: is a zip archive"),
-    "long.txt": (b"a" * (corpus.MAX_LINE + 5), r"long.txt:1: longer than 16 MiB"),
+    "long.txt": (b"a" * (formats.MAX_LINE + 5), r"long.txt:1: longer than 16 MiB"),
     "break.csv": (b'zz,"2\n3"\nt,u\n', r"break.csv:3: no column 'text'; choose from: 2 3, zz"),
     "empty.jsonl": (b"", r"no document to train on"),
     "blank.txt": (b"\n  \n\n", r"no document to train on"),
@@ -109,9 +142,9 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_with_file_and_line(tmp_path, name):
     content, message = BAD[name]
-    (tmp_path / name).write_bytes(content)
+    (tmp_path / name.partition("::")[0]).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        tokens.write(corpus.documents(corpus.resolve(str(tmp_path / name))), tokenizer(), tmp_path / "out", 0.0)
+        tokens.write(corpus.documents(corpus.resolve(str(tmp_path / name))), tokenizer(), tmp_path / "out", 0.5 if "::" in name else 0.0)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists(), "nothing half-made is left"
 
@@ -122,7 +155,7 @@ SOME_BAD = {
     "x.tsv": (b"text\tn\na\t1\nb\n\xff\t3\nd\t4\n", ["a", "d"], 2),
     "line.txt": (b"a\n\xffb\nc\rd\ne\0\nf\n", ["a", "f"], 3),
     "x.txt::paragraph": (b"a\nb\n\nc\n\xff\nd\n\ne\n", ["a\nb", "e"], 1),
-    "long.txt": (b"a\n" + b"b" * (corpus.MAX_LINE * 2 + 5) + b"\nc\n", ["a", "c"], 1),
+    "long.txt": (b"a\n" + b"b" * (formats.MAX_LINE * 2 + 5) + b"\nc\n", ["a", "c"], 1),
 }
 
 

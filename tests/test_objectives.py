@@ -201,6 +201,23 @@ def test_infilling_statistics():
     assert (text - kept) / masks == pytest.approx(3.0, abs=0.2)
 
 
+@pytest.mark.parametrize("mean_span", [1.0, 1.5, 3.0])
+@pytest.mark.parametrize("share", [0.05, 0.4, 0.75])
+def test_infilling_never_outgrows_its_row(share, mean_span):
+    """Unknown tokens are special and are not covered; a page in another script holds little else."""
+    objective, covered, ordinary = Infilling(rate=0.3, mean_span=mean_span, permute=0.0), 0, 0
+    for i in range(300):
+        draw = generator(1, i)
+        ids = np.where(draw.random(128) < share, 3, draw.integers(6, 30, 128)).astype(np.int32)
+        assert VOCAB.special[3]
+        out = objective(Row(ids, np.ones(128, np.int32)), VOCAB, generator(0, i))["input_ids"]
+        assert len(out) <= 128
+        assert (out == 3).sum() == (ids == 3).sum()
+        covered += (ids != 3).sum() - ((out != 3) & (out != VOCAB.mask)).sum()
+        ordinary += (ids != 3).sum()
+    assert covered / ordinary == pytest.approx(0.3, abs=0.01)
+
+
 def test_zero_length_spans_insert_masks():
     """Where masks stand side by side with all text kept between them, nothing was covered: an insertion."""
     objective, inserted, spans = Infilling(rate=0.1, permute=0.0), 0, 0

@@ -393,10 +393,12 @@ def test_evaluate_repeats_the_final_number(corpus_file, tmp_path):
 
     metrics = pretrain(recipe_of(corpus_file, tmp_path / "run"), quiet=True)
     again = evaluate(str(tmp_path / "run"), ["trainer.per_device_eval_batch_size=3"])
-    assert again["held_out"]["loss"] == pytest.approx(metrics["held_out"]["loss"], rel=1e-6)
+    assert again["loss"] == pytest.approx(metrics["held_out"]["loss"], rel=1e-6)
     other = evaluate(str(tmp_path / "run"), [f"data.text={corpus_file}"])
-    assert other["held_out"]["loss"] != metrics["held_out"]["loss"]
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["held_out"] == other["held_out"]
+    assert other["loss"] != metrics["held_out"]["loss"]
+    saved = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert saved["held_out"] == again, "another text does not take the place of the run's own"
+    assert saved["evaluated"] == {str(corpus_file): other}
 
 
 def test_continue_from_a_checkpoint(corpus_file, tmp_path):

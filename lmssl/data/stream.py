@@ -7,6 +7,7 @@ was resumed: `epoch, k = divmod(i, rows)`, the row `permuted(k)` of that epoch, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,6 +134,24 @@ class Collator:
         targets[: len(at)] = labels.reshape(-1)[at]
         arrays |= {"labels": targets, "label_positions": positions}
         return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+
+
+class Onwards:
+    """The items of a run that are still to come, as a sampler of torch's DataLoader.
+
+    Args:
+        begin, end: its items.
+        length: of the whole run in items, from which transformers counts the steps.
+    """
+
+    def __init__(self, begin: int, end: int, length: int):
+        self.items, self.length = range(begin, end), length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return self.length
 
 
 def count_tokens(batch: dict[str, Any]) -> int:

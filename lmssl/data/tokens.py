@@ -139,9 +139,11 @@ def write(
         bad: of the reader behind `texts`; what it skipped is counted in the manifest.
 
     Raises:
-        UserError: no document, or so few that none is left to train on.
+        UserError: no document, or so few that none is left to train on; a folder that holds something else.
     """
     out = Path(out)
+    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: holds something that is not a token set, which it would replace; name another folder")
     stage = out.with_name(f"{out.name}.part-{os.getpid()}")
     shutil.rmtree(stage, ignore_errors=True)
     seen, duplicates, leaks = _Seen(), 0, 0
@@ -174,7 +176,12 @@ def write(
         if not counts["train"]["documents"]:
             names = ", ".join(s["path"] for s in (sources or [])[:3])
             raise UserError(
-                f"data.text: {names}{': ' if names else ''}no document to train on" + (": the only one is held out" if counts["held_out"]["documents"] else "; is the text empty?")
+                f"data.text: {names}{': ' if names else ''}no document to train on"
+                + (
+                    f": all {counts['held_out']['documents']:,} are held out (smaller: data.held_out; a .txt file as several documents: FILE::paragraph)"
+                    if counts["held_out"]["documents"]
+                    else "; is the text empty?"
+                )
             )
         tokenizer.save(stage / "tokenizer")
         manifest = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocabulary": tokenizer.size, "sources": sources or [], "duplicates": duplicates, **counts}
@@ -231,7 +238,7 @@ def prepare(
                 limit = 0 if held else below(float(held_out))
                 own = ((text, where) for text, where in corpus.documents(train, None, corpus.BadRecords(skip)) if content_hash(text) < limit)
                 grams = Grams(text for text, _ in (corpus.documents(tests or held, None, corpus.BadRecords(skip)) if tests or held else own))
-            bad = corpus.BadRecords(skip)
+            bad = corpus.BadRecords(skip, "data.on_bad_record=skip leaves such records out")
             texts = corpus.documents(train, bar.update, bad)
             made = write(texts, tokenizer, folder, corpus.documents(held, bar.update, bad) if held else float(held_out), described, grams, bad)
         if bad.count:
@@ -290,6 +297,10 @@ class TokenSet:
 
     def __len__(self) -> int:
         return self.tokens
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A data worker that is not a fork maps the files itself, instead of taking a copy of every token.
+        return TokenSet, (self.folder, self.split)
 
     def held_out(self) -> TokenSet:
         """The held-out documents of the same text."""

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,6 +53,8 @@ def _plugin(name: str, where: str) -> type:
     module, colon, attribute = name.partition(":")
     if not colon:
         raise UserError(f"{where}.name: no objective '{name}'; {did_you_mean(name, OBJECTIVES)}")
+    if os.getcwd() not in sys.path:  # the command's own path begins in its folder, not in the user's
+        sys.path.append(os.getcwd())
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -242,8 +242,8 @@ class Infilling(SameLength):
         return np.concatenate([sentences[i] for i in order])
 
     def _infill(self, text: np.ndarray, vocab: Vocab, rng: np.random.Generator) -> np.ndarray:
-        special = vocab.special[text]
-        noise = round_random(self.rate * int((~special).sum()), rng)
+        ordinary = np.flatnonzero(~vocab.special[text])
+        noise = round_random(self.rate * len(ordinary), rng)
         spans: list[int] = []
         while (left := noise - sum(spans)) > 0:
             spans.append(min(int(rng.poisson(self.mean_span)), left))
@@ -251,14 +251,15 @@ class Infilling(SameLength):
         # An inserted [MASK] takes a place that longer spans set free, so a row never outgrows its length.
         inserted = min(len(spans) - len(covered), noise - len(covered))
         # Spans go to uniformly random places: gaps before, between and after them are a random split that may be 0.
-        gaps = random_lengths(len(text) - noise + len(covered) + 1, len(covered) + 1, rng) - 1
-        pieces: list[np.ndarray] = []
+        gaps = random_lengths(len(ordinary) - noise + len(covered) + 1, len(covered) + 1, rng) - 1
+        filled, kept = text.copy(), np.ones(len(text), bool)
         at = 0
         for gap, span in zip(gaps, covered, strict=False):
-            hidden = text[at + gap : at + gap + span]
-            pieces += [text[at : at + gap], np.array([vocab.mask]), hidden[vocab.special[hidden]]]
+            hidden = ordinary[at + gap : at + gap + span]
+            filled[hidden[0]] = vocab.mask
+            kept[hidden[1:]] = False
             at += gap + span
-        filled = np.concatenate([*pieces, text[at:]])
+        filled = filled[kept]
         return np.insert(filled, rng.integers(0, len(filled) + 1, size=inserted), int(vocab.mask or 0))
 
 

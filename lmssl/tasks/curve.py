@@ -66,7 +66,7 @@ def check(task: Task, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
     if task.classes and len(classes) < 2:
         raise UserError(f"data.train: only one class ({classes[0] if classes else 'none'}); a classifier needs two")
     if not test:
-        raise UserError("data.test: no test example")
+        raise UserError("data.test: no test example; a larger share or number of data.train (data.test=0.1), or files")
     for name in ("labels", "scratch_labels"):
         counts = getattr(task, name)
         if counts and max(counts) > len(train):
@@ -83,7 +83,7 @@ def check(task: Task, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
             )
     for example in test:
         if task.classes and example.label not in classes:
-            raise UserError(f"{example.where}: the class '{example.label}' is not in the training data ({', '.join(classes)})")
+            raise UserError(f"{example.where}: the class '{example.label}' is not in the training data ({', '.join(classes)}); leave it out, or give data.test as files")
     return classes
 
 
@@ -189,7 +189,10 @@ class Curve:
             "notes": notes,
         }
         if self.task.classes and baseline.available():
-            metrics["baselines"] = {"tf-idf": self._baseline()}
+            try:
+                metrics["baselines"] = {"tf-idf": self._baseline()}
+            except ValueError as error:  # scikit-learn's, for example of texts without a word of two letters
+                log.warning("no TF-IDF baseline: %s", str(error).strip().splitlines()[-1])
         return metrics | {"seconds": self._seconds()}
 
     def todo(self) -> list[Run]:

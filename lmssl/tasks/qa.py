@@ -30,6 +30,9 @@ from lmssl.tasks.base import Backbone, Example, FewLabels, Item, by_length, inpu
 from lmssl.tasks.squad import Span, Window
 from lmssl.tokenization import Tokenizer
 
+SHAPE = '{"text": ["Ada"], "answer_start": [11]} (characters into the context), both of one length, or a list of {"text": "Ada", "answer_start": 11}'
+"""Of answers, for refusals."""
+
 
 @dataclass(frozen=True, slots=True)
 class Question(Example):
@@ -93,7 +96,7 @@ class QuestionAnswering(FewLabels):
         return [
             dataclasses.replace(self.unlabelled(record, where), answers=_answers(record, self.answers, self.context, where))
             for source in sources
-            for record, where in corpus.records(source)
+            for record, where in corpus.labelled(source)
         ]
 
     def unlabelled(self, record: dict[str, Any], where: str) -> Question:
@@ -220,7 +223,7 @@ def _answers(record: dict[str, Any], column: str, context: str, where: str) -> t
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise UserError(f"{where}: column '{column}' holds text that is not JSON: {error}") from None
+            raise UserError(f"{where}: column '{column}' holds text that is not JSON ({error}); expected {SHAPE}") from None
     impossible = str(record.get("is_impossible") or "false").lower()
     if impossible not in ("true", "1", "false", "0"):
         raise UserError(f"{where}: column 'is_impossible' holds {record['is_impossible']!r}, expected true or false")
@@ -232,7 +235,7 @@ def _answers(record: dict[str, Any], column: str, context: str, where: str) -> t
     else:
         pairs = [(a.get("text"), a.get("answer_start")) for a in value] if isinstance(value, list) and all(isinstance(a, dict) for a in value) else None
     if pairs is None:
-        raise UserError(f"{where}: column '{column}' holds {str(value)[:80]}, expected {{text: [...], answer_start: [...]}} of one length, or a list of {{text, answer_start}}")
+        raise UserError(f"{where}: column '{column}' holds {str(value)[:80]}, expected {SHAPE}")
     text = record[context]
     for answer, start in pairs:
         if not isinstance(answer, str) or not isinstance(start, int) or isinstance(start, bool) or not answer:

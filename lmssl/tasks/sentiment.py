@@ -14,6 +14,7 @@ A pair is given as `bos a eos b eos` (decoders without the last eos).
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -28,6 +29,8 @@ from lmssl.data import corpus
 from lmssl.errors import UserError
 from lmssl.tasks.base import Backbone, Example, FewLabels, Item, by_length, inputs_of
 from lmssl.tokenization import Tokenizer
+
+log = logging.getLogger("lmssl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +98,20 @@ class Sentiment(FewLabels):
         return self
 
     def read(self, sources: list[corpus.Source]) -> list[Labelled]:
-        """Every labelled example of the sources, exact duplicates dropped."""
+        """Every labelled example of the sources, exact duplicates dropped and counted."""
         found: dict[tuple[str, ...], Labelled] = {}
+        again, torn = 0, list[str]()
         for source in sources:
-            for record, where in corpus.records(source):
+            for record, where in corpus.labelled(source):
                 example = dataclasses.replace(self.unlabelled(record, where), label=_class(record, self.label, where))
-                found.setdefault(example.texts(), example)
+                kept = found.setdefault(example.texts(), example)
+                again += kept is not example
+                if kept.label != example.label:
+                    torn.append(f"{where} is '{example.label}', {kept.where} '{kept.label}'")
+        if again:
+            log.info("%d examples whose text stands twice dropped", again)
+        if torn:
+            log.warning("%d texts stand twice with different classes; the first counts: %s", len(torn), torn[0])
         return list(found.values())
 
     def unlabelled(self, record: dict[str, Any], where: str) -> Labelled:

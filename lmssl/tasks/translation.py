@@ -69,7 +69,7 @@ class Translation(FewLabels):
         """Every pair of the sources; a source text that stands twice keeps its first translation."""
         found: dict[str, Pair] = {}
         for source in sources:
-            for record, where in corpus.records(source):
+            for record, where in corpus.labelled(source):
                 pair = Pair(corpus.text_of(record, self.source, where), "", where, corpus.text_of(record, self.target, where))
                 found.setdefault(pair.text, pair)
         return list(found.values())

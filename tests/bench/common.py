@@ -211,7 +211,7 @@ def ours(
     from lmssl.data.stream import Collator, Stream
     from lmssl.data.tokens import TokenSet
     from lmssl.objectives.base import token_loss
-    from lmssl.trainer import PretrainTrainer
+    from lmssl.pretraining import PretrainTrainer
 
     tokens = TokenSet(folder)
     defaults = arguments.pretrain_defaults() | {"max_steps": steps, "per_device_train_batch_size": rows, "save_strategy": "no"}

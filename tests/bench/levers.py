@@ -135,7 +135,7 @@ def counted_targets(until: float, first: float = 0.5) -> None:
     import torch
 
     from lmssl.beginnings import BLOCK
-    from lmssl.trainer import PretrainTrainer
+    from lmssl.pretraining import PretrainTrainer
 
     usual = PretrainTrainer.compute_loss
 

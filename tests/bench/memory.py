@@ -34,7 +34,7 @@ def train(side: str, kind: str, size: int, folder: Path) -> dict[str, int]:
 
     from lmssl import arguments, models
     from lmssl.data.tokens import TokenSet
-    from lmssl.trainer import PretrainTrainer
+    from lmssl.pretraining import PretrainTrainer
 
     tokens = TokenSet(folder / "tokens")
     vocab = dataclasses.replace(tokens.vocab(), size=size)

@@ -1,0 +1,153 @@
+"""Pretraining: the exact trainer with an objective, the stream that it makes, and held-out text to judge by."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments
+
+from lmssl import machine, models
+from lmssl.data.stream import Collator, Stream
+from lmssl.data.tokens import TokenSet
+from lmssl.errors import Diverged, UserError, out_of_memory
+from lmssl.evaluation import held_out, held_out_stream
+from lmssl.objectives import fields_of
+from lmssl.objectives.base import IGNORE, Objective, token_loss
+from lmssl.trainer import ExactTrainer
+
+
+class PretrainTrainer(ExactTrainer):
+    """Pretrain a model with an objective on a token set.
+
+    Args:
+        model: a decoder, encoder or encoder-decoder with its language-modelling head.
+        objective: e.g. `lmssl.MaskedTokens(rate=0.3)`.
+        train_dataset: a `TokenSet`; its held-out documents are the evaluation set.
+        args: TrainingArguments; `max_steps` must be set.
+        seq_length: tokens the model reads; None takes the positions of the model.
+        optimizer: "adamw" or "muon".
+        on_spike, worker_timeout: as `ExactTrainer`.
+
+    Raises:
+        UserError: a model of a family that the objective cannot train, a tokenizer that lacks what it needs, a
+            vocabulary larger than the model's.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        objective: Objective,
+        train_dataset: TokenSet,
+        args: TrainingArguments,
+        seq_length: int | None = None,
+        optimizer: str = "adamw",
+        quiet: bool = False,
+        on_spike: str = "warn",
+        worker_timeout: float = 300,
+    ):
+        section = fields_of(objective)
+        family = models.check_family(model.config, objective, section["name"])
+        train_dataset.tokenizer.check(objective, section["name"])
+        rows, ids = model.get_input_embeddings().weight.shape[0], train_dataset.manifest["vocabulary"]
+        if ids > rows:
+            raise UserError(f"the tokenizer has {ids} ids, the model {rows} embeddings; models.build takes the size from the tokenizer")
+        if args.max_steps <= 0:
+            raise UserError(f"trainer.max_steps: {args.max_steps} must be at least 1 optimizer step")
+        if not train_dataset.manifest["held_out"]["documents"]:
+            raise UserError("train_dataset: no document is held out, and a run is judged by held-out text; prepare it with held_out above 0")
+        length = seq_length or models.max_length(model.config)
+        if length is None:
+            raise UserError("seq_length: this model has no fixed number of positions; say how many tokens a row has")
+        self.seq_length, self.objective = length, objective
+        self.start = getattr(model.config, "decoder_start_token_id", None)
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        batch = world * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        stream = Stream(train_dataset, objective, length, args.seed, args.max_steps * batch, self.start)
+        collator = Collator(objective, length, family, stream.vocab.pad)
+        identity = train_dataset.identity | {"objective": section, "seed": args.seed, "batch": batch, "seq_length": length, "threads": torch.get_num_threads()}
+        identity |= {"bf16": bool(args.bf16), "torch_compile": bool(args.torch_compile), "optimizer": optimizer if optimizer == "muon" else str(args.optim)}
+        identity |= {name: getattr(args, name) for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2")}
+        self.held_out_stream = held_out_stream(stream, length, self.start)
+        super().__init__(models.prepare(model), args, stream, collator, optimizer, identity, quiet, on_spike, worker_timeout, self.held_out_stream)
+        models.check_isolated(self.model, stream.vocab, length)
+        self.head = models.head_for_loss(self.model, stream.vocab, args)
+        self.held_out_collator = Collator(objective.held_out(), length, family, stream.vocab.pad)
+        self.token_bytes = torch.from_numpy(stream.vocab.token_bytes).to(args.device)
+        self.asked = torch.zeros(2, dtype=torch.int64, device=args.device)
+        """Labelled tokens of this process since the last log line, and their bytes of text."""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        labels = inputs["labels"].to(self.args.device)
+        labels = labels[labels != IGNORE]
+        self.asked += torch.stack([torch.tensor(labels.numel(), device=labels.device), self.token_bytes[labels].sum()])
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        if self.head is None or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        return self.compute_loss_func(models.output_for_loss(model, self.head, inputs), labels, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Of a training loss, over the labels since this was last asked; None where they stand for no text."""
+        labels, size = self.asked.tolist()
+        self.asked.zero_()
+        return loss * labels / math.log(2) / size if size else None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
+        """Held-out loss and bits per byte of the model as it stands."""
+        with self.clock.paused("evaluation"):
+            values = held_out(
+                self.model,
+                self.held_out_stream,
+                self.held_out_collator,
+                self.args.per_device_eval_batch_size,
+                self.args.device,
+                (self.args.process_index, self.args.world_size),
+                self._sum,
+            )
+        metrics = {"eval_loss": values["loss"], "eval_bits_per_byte": values["bits_per_byte"]}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure(self) -> None:
+        if self.quiet or self.peak or not isinstance(self.train_dataset, Stream):
+            return
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        self.peak = machine.matmul_peak(str(self.args.device), dtype, torch.get_num_threads())
+        batch = {k: v.to(self.args.device) for k, v in self.data_collator([self.train_dataset[0]]).items()}
+        with self.compute_loss_context_manager():
+            self.flops = machine.step_flops(self.accelerator.unwrap_model(self.model), batch, token_loss)
+
+    def metrics(self) -> dict[str, Any]:
+        """What metrics.json says of a finished run; held-out loss is measured in float32."""
+        seconds, tokens = self.clock.seconds, self._total_tokens()
+        share = self.peak_share(self.state.global_step, seconds)
+        try:
+            values = self.evaluate()
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise self.stopped("the held-out text does not fit into memory: --resume with a smaller trainer.per_device_eval_batch_size") from error
+            raise
+        if not math.isfinite(values["eval_loss"]):
+            raise self.stopped("the held-out loss is not finite", Diverged)
+        return {
+            "objective": fields_of(self.objective)["name"],
+            "family": models.family_of(self.model.config),
+            "architecture": self.model.config.model_type,
+            "parameters": models.parameters(self.model),
+            "seed": self.args.seed,
+            "steps": self.state.global_step,
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+            "matmul_share": share and round(share, 4),
+            "held_out": {"loss": values["eval_loss"], "bits_per_byte": values["eval_bits_per_byte"]},
+            "other_seconds": {k: round(v, 3) for k, v in self.clock.other.items()},
+            "curve": self.curve,
+        }

@@ -1,0 +1,162 @@
+"""What a newcomer types: each mistake is one line with a way out, and what they may expect to work works."""
+
+import importlib.util
+import json
+import os
+import re
+
+import pytest
+
+from lmssl.cli import run
+from lmssl.tasks.sentiment import Sentiment
+from tests.helpers import sentences
+from tests.test_trainer import recipe_of
+
+
+def written(recipe, path):
+    """A typed recipe as a file."""
+    sections = {"data": {"text": recipe.data.text, "tokenizer": recipe.data.tokenizer, "seq_length": 32, "held_out": 0.1}, "model": recipe.model, "objective": recipe.objective}
+    path.write_text(json.dumps(sections | {"trainer": recipe.trainer}))
+    return str(path)
+
+
+def refusal(capsys, *args):
+    assert run([str(a) for a in args]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("lmssl: error: ")
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("trainer.save_strategy=best", "trainer.save_strategy: a run is one pass"),
+        ("trainer.save_strategy=epoch", "use steps, and save_steps"),
+        ("trainer.logging_strategy=epoch", "use steps, and logging_steps"),
+        ("trainer.lr_scheduler_type=cosine_with_min_lr", "trainer.lr_scheduler_type: cosine_with_min_lr .*min_lr"),
+        ("trainer.lr_scheduler_type=warmup_stable_decay", "trainer.lr_scheduler_type: warmup_stable_decay .*num_decay_steps"),
+        ("trainer.optim=sgd", "trainer.optim: is of AdamW and its kin, and the optimizer is muon"),
+        ("trainer.data_seed=7", "trainer.data_seed: not to be set"),
+        ("trainer.save_only_model=true", "cannot be resumed"),
+        ("trainer.fsdp=full_shard", "every process holds the whole model"),
+        ("trainer.optimizer=adamw trainer.optim=adamw_bnb_8bit", "trainer.optim: .*bitsandbytes"),
+        ("trainer.report_to=wandb", "trainer: .*(?i:wandb)"),
+        ("data.tokenizer=runs/tokenizer", "train one with: lmssl tokenizer TEXT --out runs/tokenizer"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line(overrides, message, corpus_file, tmp_path, capsys):
+    if ("wandb" in overrides and importlib.util.find_spec("wandb")) or ("bnb" in overrides and importlib.util.find_spec("bitsandbytes")):
+        pytest.skip("installed here")
+    recipe = written(recipe_of(corpus_file, tmp_path / "run"), tmp_path / "r.yaml")
+    assert re.search(message, refusal(capsys, "pretrain", recipe, *overrides.split()))
+
+
+def test_settings_that_work(corpus_file, tmp_path, capsys):
+    recipe = written(recipe_of(corpus_file, tmp_path / "run"), tmp_path / "r.yaml")
+    stable = "trainer.lr_scheduler_type=warmup_stable_decay trainer.lr_scheduler_kwargs.num_decay_steps=1"
+    epochs = "trainer.max_steps=null trainer.num_train_epochs=0.02"
+    for overrides in (stable, epochs, "trainer.adam_epsilon=0.1"):
+        assert run(["pretrain", recipe, "--overwrite", *overrides.split()]) == 0, capsys.readouterr().err
+    large = json.loads((tmp_path / "run" / "metrics.json").read_text())["held_out"]["loss"]
+    assert run(["pretrain", recipe, "--overwrite"]) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["held_out"]["loss"] != large, "epsilon counts under muon too"
+
+
+@pytest.fixture(scope="module")
+def sentiment(corpus_file, tmp_path_factory):
+    """A pretrained and a fine-tuned model, both of a few steps, and its labelled rows."""
+    folder = tmp_path_factory.mktemp("tuned")
+    recipe = written(recipe_of(corpus_file, folder / "run"), folder / "r.yaml")
+    assert run(["pretrain", recipe]) == 0
+    rows = [(text, "good" if n % 2 else "bad") for n, text in enumerate(dict.fromkeys(sentences(60, seed=5)))]
+    (folder / "rows.tsv").write_text("".join(f"{text}\t{label}\n" for text, label in rows))
+    task = "task: {name: sentiment, labels: [8], seeds: 1}\n"
+    (folder / "f.yaml").write_text(
+        task + f"data: {{train: '{folder / 'rows.tsv'}::#', test: 20}}\nmodel: {{from: {folder / 'run'}}}\ntrainer: {{output_dir: {folder / 'sent'}, max_steps: 2}}\n"
+    )
+    assert run(["finetune", str(folder / "f.yaml"), "task.text=#1", "task.label=#2"]) == 0
+    return folder
+
+
+def test_a_fine_tuned_model_is_scored_on_labelled_files(sentiment, capsys):
+    capsys.readouterr()
+    rows = [line.split("\t") for line in (sentiment / "rows.tsv").read_text().splitlines()][:30]
+    (sentiment / "new.csv").write_text("review,class\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
+    names = ["task.text=review", "task.label=class"]
+    assert run(["evaluate", str(sentiment / "sent"), f"data.test={sentiment / 'new.csv'}", *names]) == 0
+    said = capsys.readouterr().out
+    assert run(["predict", str(sentiment / "sent"), str(sentiment / "new.csv"), names[0]]) == 0
+    guesses = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
+    right = sum(guess == label for guess, (_, label) in zip(guesses, rows, strict=True)) / len(rows)
+    assert said.startswith(f"accuracy {100 * right:.2f}, macro_f1 ")
+    saved = json.loads((sentiment / "sent" / "metrics.json").read_text())
+    assert saved["evaluated"][str(sentiment / "new.csv")]["accuracy"] == pytest.approx(right)
+    assert len(saved["results"]) == 2
+    assert "name labelled files: data.test=FILE" in refusal(capsys, "evaluate", sentiment / "sent")
+    (sentiment / "other.csv").write_text("review,class\nfine,neutral\n")
+    assert "other.csv:2: the class 'neutral' is none of the model's (bad, good)" in refusal(capsys, "evaluate", sentiment / "sent", f"data.test={sentiment / 'other.csv'}", *names)
+
+
+def test_a_column_behind_a_labelled_file_is_refused(sentiment, capsys):
+    """Not read: a wrong column would be taken without a word."""
+    (sentiment / "two.csv").write_text("text,review,label\n" + "".join(f"{text},x,{n % 2}\n" for n, text in enumerate(sentences(40))))
+    for args in (
+        ("finetune", sentiment / "f.yaml", "--overwrite", f"data.train={sentiment / 'two.csv'}::review"),
+        ("predict", sentiment / "sent", f"{sentiment / 'two.csv'}::review"),
+        ("evaluate", sentiment / "run", "--pairs", f"{sentiment / 'two.csv'}::review"),
+    ):
+        assert "two.csv::review: a column is not to be named here" in refusal(capsys, *args)
+    assert (sentiment / "sent" / "metrics.json").is_file()
+
+
+def test_predictions_replace_a_file_when_they_are_whole(sentiment, capsys):
+    out = sentiment / "labels.jsonl"
+    out.write_text("mine\n")
+    (sentiment / "late.jsonl").write_text('{"#1": "a film"}\n' * 600 + '{"#1": 3}\n')
+    assert "late.jsonl:601" in refusal(capsys, "predict", sentiment / "sent", sentiment / "late.jsonl", "--out", out)
+    assert out.read_text() == "mine\n"
+    assert not list(sentiment.glob("*.part"))
+    (sentiment / "late.jsonl").write_text('{"#1": "a film"}\n' * 600)
+    assert run(["predict", str(sentiment / "sent"), str(sentiment / "late.jsonl"), "--out", str(out)]) == 0
+    assert len(out.read_text().splitlines()) == 600
+
+
+def test_bad_records_are_left_out_wherever_text_is_read(sentiment, tmp_path, capsys):
+    (tmp_path / "mixed.txt").write_bytes("\n".join(sentences(300)).encode() + b"\ncaf\xe9\n")
+    asked = refusal(capsys, "tokenizer", tmp_path / "mixed.txt", "--out", tmp_path / "tok", "--size", "600")
+    assert "convert the file to UTF-8 (--skip-bad-records leaves such records out)" in asked
+    assert run(["tokenizer", str(tmp_path / "mixed.txt"), "--out", str(tmp_path / "tok"), "--size", "600", "--skip-bad-records"]) == 0
+    assert "1 bad records skipped, the first" in capsys.readouterr().out
+    other = ("evaluate", sentiment / "run", f"data.text={tmp_path / 'mixed.txt'}")
+    assert "data.on_bad_record=skip leaves such records out" in refusal(capsys, *other)
+    assert run([*map(str, other), "data.on_bad_record=skip"]) == 0
+
+
+def test_texts_that_stand_twice(tmp_path, caplog):
+    from lmssl.data import corpus
+
+    caplog.set_level("INFO", "lmssl")
+    (tmp_path / "x.csv").write_text("text,label\na film,pos\na film,neg\na film,pos\nanother,neg\n")
+    assert [e.label for e in Sentiment().read(corpus.resolve(str(tmp_path / "x.csv")))] == ["pos", "neg"]
+    assert "2 examples whose text stands twice dropped" in caplog.text
+    assert "1 texts stand twice with different classes; the first counts: " in caplog.text
+
+
+def test_texts_without_a_word_have_no_baseline(sentiment, caplog):
+    rows = [(" ".join("ACGT"[(n >> k) % 4] for k in range(0, 12, 2)), n % 2) for n in range(200)]
+    (sentiment / "chars.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    args = [f"data.train={sentiment / 'chars.csv'}", f"trainer.output_dir={sentiment / 'chars'}", "data.test=20"]
+    assert run(["finetune", str(sentiment / "f.yaml"), *args]) == 0
+    assert "no TF-IDF baseline: " in caplog.text
+    assert "baselines" not in json.loads((sentiment / "chars" / "metrics.json").read_text())
+
+
+def test_an_objective_in_the_working_folder(corpus_file, tmp_path, monkeypatch):
+    (tmp_path / "my_objective.py").write_text(
+        "from dataclasses import dataclass\nfrom lmssl.objectives import MaskedTokens\n\n\n@dataclass(frozen=True, slots=True)\nclass Mine(MaskedTokens):\n    pass\n"
+    )
+    recipe = written(recipe_of(corpus_file, tmp_path / "run", max_steps=1), tmp_path / "r.yaml")
+    tokenizer = os.path.abspath("tokenizer_assets/bpe-8k")
+    monkeypatch.chdir(tmp_path)
+    assert run(["pretrain", recipe, "objective.name=my_objective:Mine", f"data.tokenizer={tokenizer}"]) == 0

@@ -1,0 +1,190 @@
+"""What a run goes on from, and with: the item of the stream, the settings of today, a folder whose old run is removed in time."""
+
+import json
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from lmssl import checkpoints, models
+from lmssl.cli import run
+from lmssl.data.stream import Stream
+from lmssl.errors import Stopped, UserError
+from lmssl.recipe import leak_check, pretrain
+from lmssl.tasks.base import Example
+from tests.helpers import token_set
+from tests.test_trainer import LENGTH, At, recipe_of, trainer_of, weights
+
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.mark.parametrize("how", [str, lambda point: point, lambda point: True], ids=["text", "path", "true"])
+def test_a_checkpoint_is_entered_at_its_item_however_it_is_named(how, shared_dir, tmp_path):
+    tokens = token_set(shared_dir)
+    whole = trainer_of("bert", tokens, tmp_path / "whole", max_steps=4)
+    whole.run()
+    first = trainer_of("bert", tokens, tmp_path / "cut", max_steps=4, **SAVING)
+    first.add_callback(At(2, lambda control: setattr(control, "should_training_stop", True)))
+    first.run()
+    second = trainer_of("bert", tokens, tmp_path / "cut", max_steps=4, **SAVING)
+    second.train(resume_from_checkpoint=how(second.resume_point()))
+    assert all(torch.equal(value, second.model.state_dict()[name]) for name, value in weights(whole).items())
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_another_batch_goes_on_at_the_next_item(rows, shared_dir, tmp_path, monkeypatch):
+    """Three times as many steps as before, none of the stream read twice and none left out; and again behind that."""
+    tokens, read = token_set(shared_dir), list[int]()
+    monkeypatch.setattr(Stream, "__getitem__", lambda self, i, get=Stream.__getitem__: read.append(i) or get(self, i) if self.shuffled else get(self, i))
+    trainer_of("bert", tokens, tmp_path, max_steps=2, per_device_train_batch_size=4, **SAVING).run()
+    other = trainer_of("bert", tokens, tmp_path, max_steps=6, per_device_train_batch_size=rows, **SAVING)
+    other.run(other.resume_point(("batch",)))
+    assert sorted(set(read)) == list(range(2 * 4 + 4 * rows))
+    assert len(read) == 2 * 4 + 4 * rows
+    read.clear()
+    last = trainer_of("bert", tokens, tmp_path, max_steps=8, per_device_train_batch_size=rows, **SAVING)
+    last.run(last.resume_point())
+    assert read == list(range(2 * 4 + 4 * rows, 2 * 4 + 6 * rows))
+
+
+def test_settings_are_those_of_the_run_that_goes_on(shared_dir, tmp_path):
+    tokens, seen = token_set(shared_dir), []
+    keys = {"lr_scheduler_type": "constant", "optimizer": "muon", "max_steps": 2, **SAVING}
+    trainer_of("bert", tokens, tmp_path, learning_rate=1e-3, weight_decay=0.1, **keys).run()
+    keys |= {"max_steps": 4, "learning_rate": 5e-4, "weight_decay": 0.0, "save_steps": 1}
+    other = trainer_of("bert", tokens, tmp_path, **keys)
+    with pytest.raises(UserError, match=r"learning_rate changed: checkpoint-2 has 0\.001, this run 0\.0005; --accept learning_rate"):
+        other.resume_point()
+    other.add_callback(
+        type("See", (TrainerCallback,), {"on_step_end": lambda self, a, s, c, optimizer, **k: seen.append([(g["lr"], g["weight_decay"]) for g in optimizer.param_groups])})()
+    )
+    other.run(other.resume_point(("learning_rate", "weight_decay")))
+    assert len(seen) == 2
+    assert {pair for groups in seen for pair in groups} == {(5e-4, 0.0), (5e-4 * models.SLOW, 0.0)}, "BERT's positions are slow"
+    assert [p.name for p in checkpoints.all_of(tmp_path)] == ["checkpoint-4", "checkpoint-3"], "saved at every step, as this run asks"
+
+
+def test_another_optimizer_is_one_line(shared_dir, tmp_path):
+    tokens = token_set(shared_dir)
+    trainer_of("bert", tokens, tmp_path, "adamw", max_steps=2, **SAVING).run()
+    other = trainer_of("bert", tokens, tmp_path, "muon", max_steps=4, **SAVING)
+    with pytest.raises(UserError, match="optimizer changed"):
+        other.resume_point()
+    with pytest.raises(UserError, match="its optimizer is another"):
+        other.run(other.resume_point(("optimizer",)))
+
+
+def test_a_log_line_while_a_checkpoint_is_sealed_spoils_nothing(shared_dir, tmp_path, monkeypatch):
+    """The manifest is written beside the training, whose curve grows meanwhile."""
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path, max_steps=2, **SAVING)
+    real = json.dumps
+
+    def dumps(value, **keys):
+        if isinstance(value, dict) and "curve" in value:
+            trainer.curve.append({"step": 99, "loss": 1.0})
+            trainer.clock.other["saving"] += 1.0
+        return real(value, **keys)
+
+    monkeypatch.setattr(checkpoints.json, "dumps", dumps)
+    trainer.run()
+    manifest = checkpoints.verify(tmp_path / "checkpoint-2")
+    assert all(entry["step"] <= 2 for entry in manifest["curve"])
+    assert manifest["items"] == 2 * trainer.global_batch
+
+
+def test_a_checkpoint_is_read_again_before_older_ones_go(shared_dir, tmp_path, monkeypatch):
+    trainer_of("bert", token_set(shared_dir), tmp_path, max_steps=2, **SAVING).run()
+    other = trainer_of("bert", token_set(shared_dir), tmp_path, max_steps=8, **SAVING)
+    point = other.resume_point()
+    monkeypatch.setattr(checkpoints, "_signed", lambda body, signed=checkpoints._signed: signed(body).replace('"step": 4', '"step": 5', 1) if body["step"] == 4 else signed(body))
+    with pytest.raises(Stopped, match=r"the last checkpoint cannot be written: .*differs from its own sha256.*the last good checkpoint is .*checkpoint-2"):
+        other.run(point)
+    monkeypatch.undo()
+    assert checkpoints.verify(tmp_path / "checkpoint-2")
+    assert [p.name for p in checkpoints.all_of(tmp_path)] == ["checkpoint-2"]
+
+
+def test_memory_that_does_not_suffice_names_the_checkpoint(shared_dir, tmp_path):
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path, max_steps=4, **SAVING)
+
+    def full(control):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.add_callback(At(3, full))
+    with pytest.raises(Stopped, match=r"step 4 does not fit into memory: a smaller trainer.per_device_train_batch_size.*checkpoint-2"):
+        trainer.run()
+
+
+def test_the_held_out_loss_along_the_way_changes_nothing(corpus_file, tmp_path):
+    plain = pretrain(recipe_of(corpus_file, tmp_path / "plain"), quiet=True)
+    watched = pretrain(recipe_of(corpus_file, tmp_path / "watched", eval_strategy="steps", eval_steps=2), quiet=True)
+    assert watched["held_out"] == plain["held_out"]
+    points = [c for c in watched["curve"] if "held_out_loss" in c]
+    assert [c["step"] for c in points] == [2, 4, 4], "at each step asked for, and of the final model"
+    assert points[-1]["held_out_loss"] == watched["held_out"]["loss"]
+
+
+def test_overwriting_begins_when_nothing_is_left_to_refuse(corpus_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    pretrain(recipe_of(corpus_file, out), quiet=True)
+    before = {p: p.stat().st_mtime_ns for p in sorted(out.rglob("*")) if p.is_file()}
+    recipe = out / "recipe.yaml"
+    for wrong in (
+        "data.text=nowhere.jsonl",
+        "data.held_out=0.9999",
+        "trainer.lr_scheduler_type=cosine_with_min_lr",
+        "trainer.optimizer=adamw trainer.optim=adamw_bnb_8bit",
+        f"model.from={out}",
+    ):
+        extra = [f"model.{key}=null" for key in recipe_of(corpus_file, out).model] if "from" in wrong else []
+        assert run(["pretrain", str(recipe), "--overwrite", *wrong.split(), *extra]) == 2, wrong
+        assert "Traceback" not in capsys.readouterr().err
+        assert before == {p: p.stat().st_mtime_ns for p in sorted(out.rglob("*")) if p.is_file()}, wrong
+
+
+def test_an_old_model_is_not_taken_for_the_new_run_s(corpus_file, tmp_path):
+    pretrain(recipe_of(corpus_file, tmp_path / "run"), quiet=True)
+    with pytest.raises(Stopped):
+        pretrain(recipe_of(corpus_file, tmp_path / "run", learning_rate=1e30), overwrite=True, quiet=True)
+    assert not {p.name for p in (tmp_path / "run").iterdir()} & {"model.safetensors", "config.json", "metrics.json", "README.md"}
+
+
+def test_a_run_by_epochs_is_finished_when_it_is(corpus_file, tmp_path):
+    keys = {"num_train_epochs": 1, "save_strategy": "no"}
+    recipe = recipe_of(corpus_file, tmp_path / "run", **keys)
+    recipe.trainer.pop("max_steps")
+    recipe.trainer["per_device_train_batch_size"] = 64
+    first = pretrain(recipe, quiet=True)
+    when = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
+    assert pretrain(recipe, resume=True, quiet=True) == first
+    assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == when
+
+
+def test_the_leak_check_knows_what_came_before(corpus_file, tmp_path):
+    """Of a continued checkpoint the text of the first counts too; text that has changed is not taken for what was read."""
+    texts = [json.loads(line)["text"] for line in corpus_file.read_text().splitlines()]
+    first, other = tmp_path / "first.txt", tmp_path / "other.txt"
+    first.write_text("\n".join(f"{text} {text}" for text in texts[:200]))
+    other.write_text("\n".join(f"{n} is a number of its own, and so is {n + 1}; neither is a text that anybody else has" for n in range(200)))
+    test = [Example(f"{text} {text}", "", f"t:{n}") for n, text in enumerate(texts[:50])]
+    one = recipe_of(first, tmp_path / "one")
+    pretrain(one, quiet=True)
+    two = recipe_of(other, tmp_path / "two")
+    two.model.clear()
+    two.model["from"] = str(tmp_path / "one")
+    pretrain(two, quiet=True)
+    assert leak_check(str(tmp_path / "one"), test)["leaked"] >= 40
+    assert leak_check(str(tmp_path / "two"), test)["leaked"] == leak_check(str(tmp_path / "one"), test)["leaked"]
+    (tmp_path / "one" / "recipe.yaml").rename(tmp_path / "aside")
+    assert "one has no recipe.yaml" in leak_check(str(tmp_path / "two"), test)["reason"]
+    (tmp_path / "aside").rename(tmp_path / "one" / "recipe.yaml")
+    first.write_text("\n".join(f"{n} stands here now, where {n + 1} stood before, and nobody will find it again" for n in range(200)))
+    for folder in ("one", "two"):
+        assert "one has changed since" in leak_check(str(tmp_path / folder), test)["reason"]
+
+
+def test_items_of_a_run(shared_dir, tmp_path):
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path, max_steps=5)
+    assert [trainer.items(step).start for step in (0, 1, 5)] == [0, trainer.global_batch, 5 * trainer.global_batch]
+    assert len(trainer.items(3)) == trainer.global_batch
+    assert trainer.seq_length == LENGTH
