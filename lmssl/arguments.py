@@ -15,6 +15,7 @@ from lmssl.errors import UserError, refused
 if typing.TYPE_CHECKING:
     from transformers import TrainingArguments
 
+FEWER_ROWS = "a smaller trainer.per_device_train_batch_size (gradient_accumulation_steps makes up for it), or trainer.batch=auto"
 WHOLE = "every process holds the whole model (docs/decisions/0020)"
 OWNED = {
     "ignore_data_skip": "a resumed run must skip what it consumed",
@@ -91,7 +92,8 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
     if isinstance(accelerator := section.get("accelerator_config"), dict) and {"split_batches", "dispatch_batches"} & set(accelerator):
         raise UserError("trainer.accelerator_config: split_batches and dispatch_batches are not to be set: item i of the stream belongs to one place in the batch")
     config.check_keys(section, [*(fields - set(owned)), *OURS], "trainer")
-    values = {k: config.convert(v, OURS.get(k) or hints[k], f"trainer.{k}") for k, v in section.items()}
+    hints |= OURS
+    values = {k: config.convert(v, hints[k], f"trainer.{k}") for k, v in config.set_keys(section, hints).items()}
     if not str(values.get("output_dir") or "").strip():
         raise UserError("trainer.output_dir: missing; name the folder of the run")
     _check_ranges(values)

@@ -189,13 +189,12 @@ def step_of(folder: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def items(folder: Path, default: int) -> int:
-    """Items of the stream that a checkpoint's run had read; `default` where its manifest, if it has one, does not know."""
+def facts(folder: Path) -> dict[str, Any]:
+    """What the manifest of a checkpoint says; nothing of one that lmssl did not write."""
     try:
-        manifest = read_signed(folder / MANIFEST)
+        return read_signed(folder / MANIFEST)
     except Damaged:
-        return default
-    return int(manifest.get("items", manifest["step"] * manifest["identity"]["batch"] if "batch" in manifest["identity"] else default))
+        return {}
 
 
 def all_of(root: Path) -> list[Path]:

@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("show", _show, "Print rows before and after the objective, in colour.", "RECIPE")
     sub.add_argument("--rows", type=_above_zero, help="how many, default 3, or all rows of the step")
     sub.add_argument("--at-step", type=_above_zero, metavar="N", help="the rows that optimizer step N reads (1, 2, ...), exactly as the run reads them")
+    sub.add_argument("--at-item", type=int, metavar="N", help="the rows from item N of the stream on (0, 1, ...)")
     sub.add_argument("--batch", type=_above_zero, help="rows of a step over all processes, where a run had several")
     sub = verb("plan", _plan, "What some minutes of this machine buy: size, tokens, batch and steps, as a recipe.", "RECIPE")
     sub.add_argument("--minutes", type=float, required=True, help="training time to plan for")
@@ -203,7 +204,10 @@ def _prepare(options: argparse.Namespace) -> None:
 def _show(options: argparse.Namespace) -> None:
     from lmssl import display, recipe
 
-    stream, tokenizer, items = recipe.preview(recipe.PretrainRecipe.load(options.recipe, options.overrides), options.rows, options.at_step, options.batch)
+    if options.at_item is not None and (options.at_item < 0 or options.at_step is not None):
+        raise UserError(f"--at-item: {options.at_item} must be at least 0, and stand without --at-step")
+    loaded = recipe.PretrainRecipe.load(options.recipe, options.overrides)
+    stream, tokenizer, items = recipe.preview(loaded, options.rows, options.at_step, options.batch, options.at_item)
     colour = display.wants_colour(sys.stdout)
     print(display.legend(colour))
     for i in items:
@@ -277,9 +281,10 @@ def _predict(options: argparse.Namespace) -> None:
     files = [item for item in options.overrides if not item.startswith("task.")]
     rows = predict(options.recipe, files, task_name=options.task, overrides=[item for item in options.overrides if item.startswith("task.")], batch=options.batch, quiet=not files)
     first = next(rows, None)  # refusals come before the file is opened
-    beside = target.with_name(f"{target.name}.part") if target else None
+    # A pipe, a device or a link is written to; an ordinary file is replaced when the predictions are whole.
+    beside = target.with_name(f"{target.name}.part") if target and not target.is_symlink() and (target.is_file() or not target.exists()) else None
     try:
-        with beside.open("w", encoding="utf-8") if beside else nullcontext(sys.stdout) as file:
+        with (beside or target).open("w", encoding="utf-8") if target else nullcontext(sys.stdout) as file:  # type: ignore[union-attr]
             for row in () if first is None else chain([first], rows):
                 print(json.dumps(row, ensure_ascii=False), file=file)
         if beside and target:

@@ -96,7 +96,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), sections
 
 
 def apply_overrides(recipe: dict[str, dict[str, Any]], overrides: typing.Iterable[str], sections: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """`section.key=value` (nested: `section.key.sub=value`) laid over a recipe; the input is not changed. `section.key=null` takes a key out."""
+    """`section.key=value` (nested: `section.key.sub=value`) laid over a recipe; the input is not changed. What `section.key=null` means, `set_keys` says."""
     recipe = {name: dict(section) for name, section in recipe.items()}
     for item in overrides:
         key, equals, value = item.partition("=")
@@ -110,11 +110,7 @@ def apply_overrides(recipe: dict[str, dict[str, Any]], overrides: typing.Iterabl
             target[part] = dict(inner) if isinstance(inner, dict) else {}
             target = target[part]
         # YAML would read a headless table's column #1 as a comment.
-        found = value if value.startswith("#") else parse_yaml(value, f"'{item}'")
-        if found is None:
-            target.pop(path[-1], None)
-        else:
-            target[path[-1]] = found
+        target[path[-1]] = value if value.startswith("#") else parse_yaml(value, f"'{item}'")
     return recipe
 
 
@@ -129,6 +125,11 @@ def check_keys(mapping: Mapping[str, Any], known: typing.Iterable[str], where: s
     for key in mapping:
         if key not in known:
             raise UserError(f"{where}.{key}: unknown key; {did_you_mean(key, known)}")
+
+
+def set_keys(mapping: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping without the keys that are null where their type does not admit nothing: they are as if they were not there."""
+    return {key: value for key, value in mapping.items() if value is not None or type(None) in typing.get_args(hints[key]) or hints[key] in (Any, type(None))}
 
 
 def convert(value: Any, annotation: Any, where: str) -> Any:
@@ -169,6 +170,7 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     check_keys(mapping, fields, where)
+    mapping = set_keys(mapping, hints)
     for name, f in fields.items():
         if name not in mapping and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise UserError(f"{where}.{name}: missing, and it has no default")

@@ -61,11 +61,24 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
+def fitting(what: str, advice: str, stop: Callable[[str], Exception] = Stopped) -> Iterator[None]:
+    """Turn memory that does not suffice inside into one line: "WHAT does not fit into memory: ADVICE"."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise stop(f"{what} does not fit into memory: {advice}") from error
+        raise
+
+
+@contextlib.contextmanager
 def refused(where: str) -> Iterator[None]:
     """Turn what a library says of settings that it cannot work with into one line: "WHERE: REASON"."""
     try:
         yield
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        if out_of_memory(error) or "CUDA" in str(error):
+            raise
         raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from lmssl import machine, models
 from lmssl.data.stream import Collator, Stream
 from lmssl.data.tokens import TokenSet
-from lmssl.errors import Diverged, UserError, out_of_memory
+from lmssl.errors import Diverged, UserError, fitting
 from lmssl.evaluation import held_out, held_out_stream
 from lmssl.objectives import fields_of
 from lmssl.objectives.base import IGNORE, Objective, token_loss
@@ -69,7 +69,7 @@ class PretrainTrainer(ExactTrainer):
         stream = Stream(train_dataset, objective, length, args.seed, args.max_steps * batch, self.start)
         collator = Collator(objective, length, family, stream.vocab.pad)
         identity = train_dataset.identity | {"objective": section, "seed": args.seed, "batch": batch, "seq_length": length, "threads": torch.get_num_threads()}
-        identity |= {"bf16": bool(args.bf16), "torch_compile": bool(args.torch_compile), "optimizer": optimizer if optimizer == "muon" else str(args.optim)}
+        identity |= {"bf16": bool(args.bf16), "torch_compile": bool(args.torch_compile), "optimizer": optimizer if optimizer == "muon" else args.optim.value}
         identity |= {name: getattr(args, name) for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2")}
         self.held_out_stream = held_out_stream(stream, length, self.start)
         super().__init__(models.prepare(model), args, stream, collator, optimizer, identity, quiet, on_spike, worker_timeout, self.held_out_stream)
@@ -128,12 +128,8 @@ class PretrainTrainer(ExactTrainer):
         """What metrics.json says of a finished run; held-out loss is measured in float32."""
         seconds, tokens = self.clock.seconds, self._total_tokens()
         share = self.peak_share(self.state.global_step, seconds)
-        try:
+        with fitting("the held-out text", "--resume with a smaller trainer.per_device_eval_batch_size", self.stopped):
             values = self.evaluate()
-        except RuntimeError as error:
-            if out_of_memory(error):
-                raise self.stopped("the held-out text does not fit into memory: --resume with a smaller trainer.per_device_eval_batch_size") from error
-            raise
         if not math.isfinite(values["eval_loss"]):
             raise self.stopped("the held-out loss is not finite", Diverged)
         return {

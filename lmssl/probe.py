@@ -19,8 +19,9 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, TrainingArguments
 
 from lmssl import config, machine, models
+from lmssl.arguments import FEWER_ROWS
 from lmssl.data.stream import Collator, Stream
-from lmssl.errors import UserError
+from lmssl.errors import UserError, fitting
 from lmssl.objectives.base import token_loss
 
 log = logging.getLogger("lmssl")
@@ -71,9 +72,10 @@ def choose(values: Mapping[str, Any], args: TrainingArguments, model: PreTrained
         log.info("trainer.batch: %s", "; ".join(f"{rows // n} x {n} rows {s:.3f} s" for n, s in seconds.items()))
     if "torch_compile" not in done:
         size, parts, steps = done["per_device_train_batch_size"], done.get("gradient_accumulation_steps", 1), done["max_steps"]
-        step = seconds.get(size) or _step(args, model, stream, collator, size, parts, 1)
-        if step * steps > WORTH and size not in seconds:  # a first pass may only have been slow to start
-            step = _step(args, model, stream, collator, size, parts)
+        with fitting(f"a pass of {size} rows", FEWER_ROWS):
+            step = seconds.get(size) or _step(args, model, stream, collator, size, parts, 1)
+            if step * steps > WORTH and size not in seconds:  # a first pass may only have been slow to start
+                step = _step(args, model, stream, collator, size, parts)
         done["torch_compile"] = step * steps > WORTH and compiles(args)
         log.info("trainer.torch_compile: %s; %d steps would take %.0f s without", str(done["torch_compile"]).lower(), steps, step * steps)
     return broadcast_object_list([done])[0] if args.world_size > 1 else done

@@ -80,9 +80,12 @@ class PretrainRecipe:
         """A recipe from nested mappings."""
         _complete(sections, PRETRAIN, path)
         data = config.build(DataSection, sections["data"], "data")
-        if data.tokenizer is None and "from" not in sections["model"]:
+        continued = sections["model"].get("from") is not None
+        # null unsets a key; of an architecture's own it may also be the value.
+        model = {k: v for k, v in sections["model"].items() if v is not None or not (continued or k in ("architecture", "from", "init"))}
+        if data.tokenizer is None and not continued:
             raise UserError("data.tokenizer: missing; name a tokenizer folder, for example tokenizer_assets/bpe-8k")
-        return cls(data, dict(sections["model"]), dict(sections["objective"]), dict(sections["trainer"]))
+        return cls(data, model, dict(sections["objective"]), dict(sections["trainer"]))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, completed where a checkpoint is continued that lacks what the objective needs."""
@@ -329,13 +332,14 @@ def examples(stream: Stream, tokenizer: Tokenizer, count: int = 3) -> list[dict[
     return shown
 
 
-def preview(recipe: PretrainRecipe, rows: int | None = None, at_step: int | None = None, batch: int | None = None) -> tuple[Stream, Tokenizer, range]:
+def preview(recipe: PretrainRecipe, rows: int | None = None, at_step: int | None = None, batch: int | None = None, at_item: int | None = None) -> tuple[Stream, Tokenizer, range]:
     """The items of the run that a recipe would start (or of a run's own recipe.yaml: that it read), without a model.
 
     Args:
         rows: how many; unset: 3, or all of the step.
         at_step: those that optimizer step N consumes, counted from 1.
         batch: rows of a step over all processes; unset: of one process.
+        at_item: those from this item of the stream on, counted from 0.
 
     Returns:
         The stream, its tokenizer, and the items asked for.
@@ -348,7 +352,7 @@ def preview(recipe: PretrainRecipe, rows: int | None = None, at_step: int | None
     size = batch or arguments.global_batch(values)
     if at_step is not None and not 1 <= at_step <= steps:
         raise UserError(f"--at-step: {at_step} is not a step of this run; it has steps 1 to {steps}")
-    begin, most = (0, rows or 3) if at_step is None else ((at_step - 1) * size, min(rows or size, size))
+    begin, most = (at_item or 0, rows or 3) if at_step is None else ((at_step - 1) * size, min(rows or size, size))
     stream = Stream(token_set, objective, recipe.data.seq_length, values["seed"], begin + most, _start(recipe))
     return stream, tokenizer, range(begin, begin + most)
 
@@ -381,6 +385,8 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
     if resume:
         runs.ledger.load(accept)
     elif first:
+        if present:
+            task.model(runs.backbone, True, 0)  # weights that cannot be loaded are refused before anything is removed
         _remove(present)
     resolved = {"task": {"name": task.name} | dataclasses.asdict(task), "data": dataclasses.asdict(recipe.data), "model": {"from": recipe.source}, "trainer": values}
     leaks = leak_check(recipe.source, runs.test)
@@ -423,10 +429,13 @@ def leak_check(source: str, test: typing.Sequence[Any]) -> dict[str, Any]:
     from lmssl.data.contamination import leaked
 
     owners = [k for k, example in enumerate(test) for _ in example.texts()]
-    found: set[int] = set()
+    found, seen = set[int](), set[Path]()
     folder: str | None = source
     while folder is not None:
         try:
+            if Path(folder).resolve() in seen:
+                raise UserError(f"{folder} was continued from what has been replaced since")
+            seen.add(Path(folder).resolve())
             token_set, tokenizer, before = _pretraining_text(folder)
         except UserError as error:
             known = f"; of the text since then {len(found):,} of {len(test):,} test examples" if folder != source else ""

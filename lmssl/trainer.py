@@ -22,14 +22,18 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from lmssl import checkpoints, machine, models
-from lmssl.arguments import WHOLE
+from lmssl.arguments import FEWER_ROWS, WHOLE
 from lmssl.data.stream import Onwards, Stream, count_tokens
-from lmssl.errors import Interrupted, Stopped, UserError, out_of_memory, refused, written
+from lmssl.errors import Interrupted, Stopped, UserError, fitting, refused, written
 from lmssl.objectives.base import token_loss
 from lmssl.optimizers import MuonAdamW, muon_groups, sizes_of
 from lmssl.watch import Clock, Guard, Progress, of_the_data
 
 log = logging.getLogger("lmssl")
+
+OWN: tuple[str, ...] = ("lr", "initial_lr", "weight_decay", "betas")
+"""What a resumed run takes from its own recipe and not from the checkpoint's optimizer; betas where the checkpoint says with which it was made
+(decision 0019)."""
 
 
 class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
@@ -102,7 +106,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self._stage: Path | None = None
         self._sealer = ThreadPoolExecutor(1, "lmssl-seal")
         self._sealing: Future[None] | None = None
-        self._begin, self._any_label = (0, 0), False  # step and item that this process begins with
+        self._begin, self._own, self._any_label = (0, 0), OWN, False  # step and item that this process begins with
         self._known_good: set[str] = set()
         self.guard = Guard(self)
         self.add_callback(self.guard)
@@ -163,7 +167,9 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         folder, self._begin = Path(found) if found else None, (0, 0)
         if folder is not None:
             step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
-            self._begin = (step, checkpoints.items(folder, step * self.global_batch))
+            manifest = checkpoints.facts(folder)
+            batch = manifest.get("identity", {}).get("batch", self.global_batch)
+            self._begin, self._own = (step, manifest.get("items", step * batch)), OWN if "adam_beta2" in manifest.get("identity", {}) else OWN[:-1]
             # A batch of another size, accepted on resuming, may need more items than the steps of the whole run have.
             if (end := self.items(self.args.max_steps).start) > len(self.train_dataset):  # type: ignore[arg-type]
                 self.train_dataset.length = end  # type: ignore[union-attr]
@@ -263,13 +269,13 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups] if checkpoint else []
+        own = [{k: group[k] for k in self._own if k in group} for group in self.optimizer.param_groups]
         with refused(f"{checkpoint}: its optimizer is another"):
             super()._load_optimizer_and_scheduler(checkpoint)
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         if checkpoint and isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-            # The state is the checkpoint's; rates and the like are this run's, and so is its schedule, which may be longer than
-            # the saved one: at that one's end the rate is 0.
+            # The state is the checkpoint's; the rates are this run's, and so is its schedule, which may be longer than the saved
+            # one: at that one's end the rate is 0.
             schedule.base_lrs = [group["initial_lr"] for group in own]
             for group, values, factor in zip(self.optimizer.param_groups, own, schedule.lr_lambdas, strict=True):
                 group |= values | {"lr": values["initial_lr"] * factor(schedule.last_epoch)}
@@ -343,7 +349,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
                 the difference is named in `accept`.
         """
         root = Path(self.args.output_dir)
-        checkpoints.check_accepted(accept, self.identity)
+        checkpoints.check_accepted(accept, self.identity.keys() - {"optimizer"})
         path, manifest, rejected = checkpoints.newest(root, self._fits)
         for reason in rejected:
             log.warning("passed over: %s", reason)
@@ -353,7 +359,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         for key, now in self.identity.items():
             then = manifest["identity"].get(key)
             if key in manifest["identity"] and then != now and key not in accept:
-                raise UserError(f"--resume: {key} changed: {path.name} has {_short(then)}, this run {_short(now)}; --accept {key} goes on all the same")
+                way_out = "its state is of no use to this one; --overwrite begins anew" if key == "optimizer" else f"--accept {key} goes on all the same"
+                raise UserError(f"--resume: {key} changed: {path.name} has {_short(then)}, this run {_short(now)}; {way_out}")
         if rejected and self.is_world_process_zero():
             checkpoints.set_aside(root, manifest["step"])
         self.accelerator.wait_for_everyone()
@@ -372,11 +379,9 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         """
         with self.guard.signals():
             try:
-                self.train(resume_from_checkpoint=str(resume) if resume else None)
+                with fitting("a training step", FEWER_ROWS, self.stopped):
+                    self.train(resume_from_checkpoint=str(resume) if resume else None)
             except RuntimeError as error:
-                if out_of_memory(error):
-                    advice = "a smaller trainer.per_device_train_batch_size (gradient_accumulation_steps makes up for it), or batch: auto"
-                    raise self.stopped(f"step {self.state.global_step + 1} does not fit into memory: {advice}") from error
                 # torch's handler for a worker that died raises wherever the main thread happens to be.
                 if "DataLoader worker" not in str(error):
                     raise

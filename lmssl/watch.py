@@ -107,8 +107,11 @@ class Guard(TrainerCallback):
         if where := getattr(self.trainer.train_dataset, "where", None):
             names = list(dict.fromkeys(where(i) for i in self.trainer.items(state.global_step)))
             return f"its examples: {', '.join(names[:16])}" + (f" and {len(names) - 16} more" if len(names) > 16 else "")
-        more = f" --batch {self.trainer.global_batch}" if self.trainer.args.world_size > 1 else ""
-        return f"its rows: lmssl show {Path(self.trainer.args.output_dir) / 'recipe.yaml'} --at-step {state.global_step + 1}{more}"
+        batch, items = self.trainer.global_batch, self.trainer.items(state.global_step)
+        show = f"its rows: lmssl show {Path(self.trainer.args.output_dir) / 'recipe.yaml'}"
+        if items.start != state.global_step * batch:  # the batch was another before
+            return f"{show} --at-item {items.start} --rows {batch}"
+        return f"{show} --at-step {state.global_step + 1}" + (f" --batch {batch}" if self.trainer.args.world_size > 1 else "")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         signum = self.signum  # read once: a signal that comes while the ranks compare is seen by all of them a step later
@@ -179,8 +182,9 @@ class Progress(TrainerCallback):
             said = [f"loss {loss:.4f}", *([f"{bits:.4f} bits per byte"] if bits is not None else []), f"lr {logs.get('learning_rate', 0):.2e}", f"{speed:,.0f} tokens/s"]
             self._say(state, "  ".join([*said, *([f"{share:.0%} of the matmul peak"] if share is not None else []), f"{_minutes(left)} left"]))
         elif "eval_loss" in logs:
-            trainer.curve.append({"step": state.global_step, "held_out_loss": logs["eval_loss"], "bits_per_byte": logs["eval_bits_per_byte"]})
-            self._say(state, f"held-out loss {logs['eval_loss']:.4f}  {logs['eval_bits_per_byte']:.4f} bits per byte")
+            bits = logs.get("eval_bits_per_byte")
+            trainer.curve.append({"step": state.global_step, "held_out_loss": logs["eval_loss"]} | ({} if bits is None else {"bits_per_byte": bits}))
+            self._say(state, f"held-out loss {logs['eval_loss']:.4f}" + ("" if bits is None else f"  {bits:.4f} bits per byte"))
 
     def _say(self, state: TrainerState, text: str) -> None:
         if not state.is_world_process_zero or self.trainer.quiet:

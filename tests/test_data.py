@@ -83,9 +83,20 @@ def test_a_folder_of_somebody_s_is_not_replaced(tmp_path):
         with pytest.raises(UserError, match="holds something that is not a token set"):
             lmssl.from_iterable(TEXTS, tokenizer(), taken)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    (tmp_path / "mine" / "manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(UserError, match="holds something that is not a token set"):
+        lmssl.from_iterable(TEXTS, tokenizer(), tmp_path / "mine")
     (tmp_path / "empty").mkdir()
     for _ in range(2):
         assert lmssl.from_iterable(TEXTS, tokenizer(), tmp_path / "empty").documents
+
+
+def test_a_cache_that_lost_a_manifest_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("LMSSL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "x.txt").write_text("\n".join(sentences(30)))
+    made = tokens.prepare(str(tmp_path / "x.txt"), tokenizer(), 0.1)
+    (made.folder / "manifest.json").unlink()
+    assert tokens.prepare(str(tmp_path / "x.txt"), tokenizer(), 0.1).tokens == made.tokens
 
 
 def test_a_worker_that_is_no_fork_gets_the_folder_not_the_tokens(shared_dir):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 
 import pytest
 
@@ -37,6 +38,9 @@ def refusal(capsys, *args):
         ("trainer.lr_scheduler_type=cosine_with_min_lr", "trainer.lr_scheduler_type: cosine_with_min_lr .*min_lr"),
         ("trainer.lr_scheduler_type=warmup_stable_decay", "trainer.lr_scheduler_type: warmup_stable_decay .*num_decay_steps"),
         ("trainer.optim=sgd", "trainer.optim: is of AdamW and its kin, and the optimizer is muon"),
+        ("trainer.max_step=null", "trainer.max_step: unknown key; did you mean 'max_steps'"),
+        ("data.seq_lenth=null", "data.seq_lenth: unknown key; did you mean 'seq_length'"),
+        ("data.text=null", "data.text: missing"),
         ("trainer.data_seed=7", "trainer.data_seed: not to be set"),
         ("trainer.save_only_model=true", "cannot be resumed"),
         ("trainer.fsdp=full_shard", "every process holds the whole model"),
@@ -56,7 +60,7 @@ def test_settings_that_work(corpus_file, tmp_path, capsys):
     recipe = written(recipe_of(corpus_file, tmp_path / "run"), tmp_path / "r.yaml")
     stable = "trainer.lr_scheduler_type=warmup_stable_decay trainer.lr_scheduler_kwargs.num_decay_steps=1"
     epochs = "trainer.max_steps=null trainer.num_train_epochs=0.02"
-    for overrides in (stable, epochs, "trainer.adam_epsilon=0.1"):
+    for overrides in (stable, epochs, "data.held_out=null model.pad_token_id=null model.init=null", "trainer.adam_epsilon=0.1"):
         assert run(["pretrain", recipe, "--overwrite", *overrides.split()]) == 0, capsys.readouterr().err
     large = json.loads((tmp_path / "run" / "metrics.json").read_text())["held_out"]["loss"]
     assert run(["pretrain", recipe, "--overwrite"]) == 0
@@ -120,6 +124,13 @@ def test_predictions_replace_a_file_when_they_are_whole(sentiment, capsys):
     (sentiment / "late.jsonl").write_text('{"#1": "a film"}\n' * 600)
     assert run(["predict", str(sentiment / "sent"), str(sentiment / "late.jsonl"), "--out", str(out)]) == 0
     assert len(out.read_text().splitlines()) == 600
+    link, elsewhere = sentiment / "link.jsonl", sentiment / "elsewhere.jsonl"
+    link.symlink_to(elsewhere)
+    assert run(["predict", str(sentiment / "sent"), str(sentiment / "late.jsonl"), "--out", str(link)]) == 0
+    assert link.is_symlink()
+    assert elsewhere.read_text() == out.read_text()
+    assert run(["predict", str(sentiment / "sent"), str(sentiment / "late.jsonl"), "--out", os.devnull]) == 0
+    assert not os.path.isfile(os.devnull)
 
 
 def test_bad_records_are_left_out_wherever_text_is_read(sentiment, tmp_path, capsys):
@@ -131,6 +142,15 @@ def test_bad_records_are_left_out_wherever_text_is_read(sentiment, tmp_path, cap
     other = ("evaluate", sentiment / "run", f"data.text={tmp_path / 'mixed.txt'}")
     assert "data.on_bad_record=skip leaves such records out" in refusal(capsys, *other)
     assert run([*map(str, other), "data.on_bad_record=skip"]) == 0
+
+
+def test_nothing_is_removed_for_a_backbone_that_cannot_be_loaded(sentiment, capsys):
+    spoilt = sentiment / "spoilt"
+    shutil.copytree(sentiment / "run", spoilt)
+    (spoilt / "model.safetensors").write_bytes(b"no weights")
+    assert "the weights cannot be loaded" in refusal(capsys, "finetune", sentiment / "f.yaml", "--overwrite", f"model.from={spoilt}", "task.text=#1", "task.label=#2")
+    assert (sentiment / "sent" / "metrics.json").is_file()
+    assert (sentiment / "sent" / "model.safetensors").is_file()
 
 
 def test_texts_that_stand_twice(tmp_path, caplog):

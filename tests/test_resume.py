@@ -68,10 +68,29 @@ def test_another_optimizer_is_one_line(shared_dir, tmp_path):
     tokens = token_set(shared_dir)
     trainer_of("bert", tokens, tmp_path, "adamw", max_steps=2, **SAVING).run()
     other = trainer_of("bert", tokens, tmp_path, "muon", max_steps=4, **SAVING)
-    with pytest.raises(UserError, match="optimizer changed"):
+    with pytest.raises(UserError, match=r"optimizer changed: .*adamw_torch.*, this run muon; its state is of no use to this one; --overwrite begins anew"):
         other.resume_point()
-    with pytest.raises(UserError, match="its optimizer is another"):
-        other.run(other.resume_point(("optimizer",)))
+    with pytest.raises(UserError, match="nothing is called 'optimizer'"):
+        other.resume_point(("optimizer",))
+
+
+def test_an_earlier_version_s_run_keeps_its_own_moments(shared_dir, tmp_path, monkeypatch):
+    """Of before decision 0019: its manifest says nothing of betas, and its groups have others than today's."""
+    tokens = token_set(shared_dir)
+    first = trainer_of("bert", tokens, tmp_path, "muon", max_steps=2, adam_beta2=0.95, **SAVING)
+    first.create_optimizer()
+    for group in first.optimizer.param_groups:
+        group["momentum" if group["muon"] else "betas"] = 0.95 if group["muon"] else (0.9, 0.95)
+    for key in ("optimizer", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2"):
+        del first.identity[key]
+    facts = first._facts
+    monkeypatch.setattr(first, "_facts", lambda: {k: v for k, v in facts().items() if k != "items"})
+    first.run()
+    second = trainer_of("bert", tokens, tmp_path, "muon", max_steps=4, adam_beta2=0.99, **SAVING)
+    second.run(second.resume_point())
+    assert second._begin == (2, 2 * second.global_batch)
+    assert {g["momentum"] for g in second.optimizer.param_groups if g["muon"]} == {0.95}
+    assert {tuple(g["betas"]) for g in second.optimizer.param_groups if not g["muon"]} == {(0.9, 0.95)}
 
 
 def test_a_log_line_while_a_checkpoint_is_sealed_spoils_nothing(shared_dir, tmp_path, monkeypatch):
@@ -111,7 +130,7 @@ def test_memory_that_does_not_suffice_names_the_checkpoint(shared_dir, tmp_path)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     trainer.add_callback(At(3, full))
-    with pytest.raises(Stopped, match=r"step 4 does not fit into memory: a smaller trainer.per_device_train_batch_size.*checkpoint-2"):
+    with pytest.raises(Stopped, match=r"a training step does not fit into memory: a smaller trainer.per_device_train_batch_size.*checkpoint-2"):
         trainer.run()
 
 
@@ -178,6 +197,9 @@ def test_the_leak_check_knows_what_came_before(corpus_file, tmp_path):
     (tmp_path / "one" / "recipe.yaml").rename(tmp_path / "aside")
     assert "one has no recipe.yaml" in leak_check(str(tmp_path / "two"), test)["reason"]
     (tmp_path / "aside").rename(tmp_path / "one" / "recipe.yaml")
+    (tmp_path / "two" / "recipe.yaml").write_text((tmp_path / "two" / "recipe.yaml").read_text().replace(str(tmp_path / "one"), str(tmp_path / "two")))
+    assert "two was continued from what has been replaced since" in leak_check(str(tmp_path / "two"), test)["reason"]
+    (tmp_path / "two" / "recipe.yaml").write_text((tmp_path / "two" / "recipe.yaml").read_text().replace(f"from: {tmp_path / 'two'}", f"from: {tmp_path / 'one'}"))
     first.write_text("\n".join(f"{n} stands here now, where {n + 1} stood before, and nobody will find it again" for n in range(200)))
     for folder in ("one", "two"):
         assert "one has changed since" in leak_check(str(tmp_path / folder), test)["reason"]

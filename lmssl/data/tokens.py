@@ -142,7 +142,7 @@ def write(
         UserError: no document, or so few that none is left to train on; a folder that holds something else.
     """
     out = Path(out)
-    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not _is_token_set(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: holds something that is not a token set, which it would replace; name another folder")
     stage = out.with_name(f"{out.name}.part-{os.getpid()}")
     shutil.rmtree(stage, ignore_errors=True)
@@ -198,6 +198,13 @@ def write(
     return TokenSet(out)
 
 
+def _is_token_set(folder: Path) -> bool:
+    try:
+        return {"format", "tokenizer", "sources"} <= set(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def cache_folder() -> Path:
     """Where prepared text is kept: $LMSSL_CACHE, or ~/.cache/lmssl."""
     return Path(os.environ.get("LMSSL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmssl")
@@ -231,6 +238,7 @@ def prepare(
     with FileLock(f"{folder}.lock"), written(f"the token set {folder}"):
         if (folder / "manifest.json").is_file():
             return TokenSet(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # what lies in a cache without its manifest
         total = sum(s.bytes for s in [*train, *held])
         with _progress(total, quiet) as bar:
             grams = None
