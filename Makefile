@@ -31,7 +31,7 @@ check: $(VENV)/.installed ## lint, format and types
 test-oldest: ## the tests with the lowest versions that pyproject.toml declares
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check --constraint tests/constraints-oldest.txt --editable '.[quickstart,tasks,dev]'
-	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal
 
 drills: $(VENV)/.installed ## the fifteen reliability drills, lmssl and stock, reduced counts (under 35 minutes on 2 cores)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.drills

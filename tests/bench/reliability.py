@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 import lmssl
 from lmssl import models, tokenization
-from lmssl.objectives import MaskedTokens, NextToken
+from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
 from tests import helpers
 from tests.drills import stock
 from tests.drills.common import stop_at
@@ -104,6 +104,7 @@ def stream(folder: Path) -> None:
     for name, objective, keys in (
         ("next_token", NextToken(), section),
         ("masked", MaskedTokens(unit="word"), {"architecture": "bert", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}),
+        ("span_corruption", SpanCorruption(), {"architecture": "t5", "d_model": 128, "d_kv": 32, "d_ff": 344, "num_layers": 3, "num_heads": 4, "feed_forward_proj": "gated-gelu"}),
     ):
         args = helpers.arguments(folder / name, max_steps=60, per_device_train_batch_size=16, bf16=True, logging_steps=100)
         trainer = lmssl.PretrainTrainer(models.build(keys, tokens.vocab(), objective, 128, 0), objective, tokens, args, 128, quiet=True)
