@@ -74,7 +74,7 @@ def task_card(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
     return _card(
         folder,
         [task],
-        f"""`{metrics["backbone"]}` ({metrics["architecture"]}, {metrics["family"]}) fine-tuned for {task} on {max(recipe["task"]["labels"]):,} labelled examples
+        f"""`{metrics["backbone"]}` ({metrics["architecture"]}, {metrics["family"]}) fine-tuned for {task} on {metrics["saved_labels"]:,} labelled examples
 (seed 0). {metrics["metric"]} in percent on {metrics["test_examples"]:,} test examples, beside the same model from scratch:
 
 {report.label_table(metrics)}

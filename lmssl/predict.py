@@ -44,7 +44,7 @@ def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) 
         raise UserError(f"--task: {checkpoint} has no recipe.yaml that says what it was fine-tuned for; name the task")
     sections = config.apply_overrides({"task": sections.get("task", {"name": task_name})}, overrides, ("task",))
     task, backbone = make_task(sections["task"]), Backbone.load(checkpoint)
-    known = backbone.tokenizer.settings.get("model_max_length", 0)
+    known = backbone.tokenizer.settings.get("model_max_length") or 0
     names = getattr(backbone.config, "id2label", None) if task.classes else None
     backbone = Backbone.load(checkpoint, known if 0 < known < 10**6 else None, [names[i] for i in sorted(names)] if names else ())
     model = task.model(backbone, True, 0)

@@ -395,6 +395,7 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
     if first:
         _folder(out)
         output.write(out / "recipe.yaml", config.dump(output.plain(resolved)))
+        runs.ledger.save(runs.ledger.seconds)  # what is resumed before any run is finished is compared with this
     metrics = runs.run() | {"leaks": leaks, "environment": output.environment()}
     if first:
         with written(f"the results in {out}"):

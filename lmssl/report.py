@@ -37,14 +37,17 @@ def write(folders: list[Path], *, png: bool = False) -> Path:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
-        found = sorted(p for p in folder.rglob("metrics.json") if not any("checkpoint-" in part for part in p.parts))
+        found = sorted(p for p in folder.rglob("metrics.json") if not any("checkpoint-" in part for part in p.relative_to(folder).parts))
         if not found:
             raise UserError(f"{folder}: no metrics.json in it or below; a finished run leaves one")
         for path in found:
             try:
-                runs.append((path.parent, json.loads(path.read_text(encoding="utf-8"))))
+                metrics = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise UserError(f"{path}: not valid JSON: {error}") from None
+            if not isinstance(metrics, dict) or ("results" in metrics and not {"summary", "metric", "task"} <= set(metrics)):
+                raise UserError(f"{path}: is not of a run of lmssl")
+            runs.append((path.parent, metrics))
     runs.sort(key=lambda run: "results" not in run[1])  # the evidence first
     target = folders[0] / "report.html"
     title = "lmssl: " + ", ".join(folder.name for folder in folders)

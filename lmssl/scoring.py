@@ -34,6 +34,8 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     sections |= saved
     sections = config.apply_overrides(sections, overrides, ("data", "objective", "trainer"))
     own_text = not any(o.startswith("data.text=") for o in overrides)
+    if own_text and any(o.startswith(("data.held_out=", "data.decontaminate=")) for o in overrides):
+        raise UserError("data.held_out: what this checkpoint was trained on would be measured too; other text: data.text=PATH")
     if own_text and "text" not in sections["data"]:
         raise UserError("data.text: missing; this checkpoint has no recipe, so say what to evaluate on: data.text=PATH")
     data = config.build(DataSection, sections["data"] | {"tokenizer": checkpoint}, "data")
@@ -46,16 +48,19 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     token_set = prepared(data, tokenizer).held_out() if own_text else tokens.prepare(data.text, tokenizer, 0.0, on_bad_record=data.on_bad_record)
     start = getattr(checkpoint_config, "decoder_start_token_id", None)
     vocab = token_set.vocab(start)
-    model = models.prepare(models.build({"from": checkpoint}, vocab, objective, data.seq_length, 0)).to(device())
+    model = models.build({"from": checkpoint}, vocab, objective, data.seq_length, 0)
+    _check_whole(model, checkpoint)
+    model = models.prepare(model).to(device())
     stream = Stream(token_set, objective, data.seq_length, seed=0, length=None, start=start)
     values = held_out(model, stream, Collator(objective, data.seq_length, family, vocab.pad), batch, model.device)
     if not values["labels"]:
         raise UserError(f"data.text: {sections['objective']['name']} asks for no token of this text; it is too short to measure anything")
     found = result(values)
-    if own_text:
-        _note(folder, "held_out", found)
+    asked = [o for o in overrides if o.startswith(("data.", "objective."))]
+    if asked:
+        _note(folder, "evaluated", {" ".join(asked): found})
     else:
-        _note(folder, "evaluated", {", ".join([data.text] if isinstance(data.text, str) else data.text): found})
+        _note(folder, "held_out", found)
     return found
 
 
@@ -91,6 +96,12 @@ def evaluate_task(checkpoint: str, overrides: typing.Sequence[str]) -> tuple[str
     return task.metric, scores
 
 
+def _check_whole(model: Any, checkpoint: str) -> None:
+    """Refuse a model parts of which are random: their score would say nothing."""
+    if new := sorted(model._lmssl_new):
+        raise UserError(f"{checkpoint}: is no pretrained language model: {new[0]} is missing")
+
+
 def is_fine_tuned(checkpoint: str) -> bool:
     """Whether a checkpoint's recipe says that it was fine-tuned for a task."""
     path = Path(checkpoint) / "recipe.yaml"
@@ -122,6 +133,7 @@ def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
 
     from lmssl import likelihood, models
     from lmssl.data import corpus
+    from lmssl.tasks.base import Backbone
 
     folder = Path(checkpoint)
     checkpoint_config = models.read_config(checkpoint, "CHECKPOINT")
@@ -131,7 +143,8 @@ def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
     pairs = [(*(corpus.text_of(r, name, where, hint) for name in names), str(r.get("UID", "all"))) for r, where in records]
     if not pairs:
         raise UserError(f"--pairs: {path} holds no pair")
-    model = models.AUTO[family].from_pretrained(checkpoint, use_safetensors=True, trust_remote_code=False).float().to(device())
+    model = Backbone.load(checkpoint).build(models.AUTO[family], True, 0).to(device())
+    _check_whole(model, checkpoint)
     vocab = tokenizer.vocab(getattr(checkpoint_config, "decoder_start_token_id", None))
     begin = 1 if "bos" in tokenizer.roles else 0
     ids = [row[begin:-1] for row in tokenizer.encode([text for good, bad, _ in pairs for text in (good, bad)])]

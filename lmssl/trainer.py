@@ -361,8 +361,10 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             if key in manifest["identity"] and then != now and key not in accept:
                 way_out = "its state is of no use to this one; --overwrite begins anew" if key == "optimizer" else f"--accept {key} goes on all the same"
                 raise UserError(f"--resume: {key} changed: {path.name} has {_short(then)}, this run {_short(now)}; {way_out}")
-        if rejected and self.is_world_process_zero():
-            checkpoints.set_aside(root, manifest["step"])
+        if rejected:
+            self.accelerator.wait_for_everyone()  # no rank looks any more
+            if self.is_world_process_zero():
+                checkpoints.set_aside(root, manifest["step"])
         self.accelerator.wait_for_everyone()
         self._known_good.add(path.name)
         self.tokens_seen = self._tokens_before = manifest["tokens"]

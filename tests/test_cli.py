@@ -154,6 +154,20 @@ def test_accelerate_launch(corpus_file, tmp_path):
     assert (tmp_path / "a" / "model.safetensors").is_file()
 
 
+def test_report_below_a_folder_called_checkpoint(tmp_path):
+    (tmp_path / "checkpoint-study" / "run" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "checkpoint-study" / "run" / "metrics.json").write_text('{"objective": "masked"}')
+    (tmp_path / "checkpoint-study" / "run" / "checkpoint-5" / "metrics.json").write_text("no run")
+    assert run(["report", str(tmp_path / "checkpoint-study")]) == 0
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"results": []}'])
+def test_report_of_somebody_else_s_metrics(text, tmp_path, capsys):
+    (tmp_path / "metrics.json").write_text(text)
+    assert run(["report", str(tmp_path)]) == 2
+    assert "metrics.json: is not of a run of lmssl" in capsys.readouterr().err
+
+
 def test_report_refuses_what_is_no_run(tmp_path, capsys):
     assert run(["report", str(tmp_path)]) == 2
     assert "no metrics.json" in capsys.readouterr().err

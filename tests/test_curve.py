@@ -8,10 +8,12 @@ import torch
 import transformers
 
 from lmssl import tokenization
+from lmssl.arguments import OWNED_BY_TASKS, finetune_defaults, resolve
 from lmssl.cli import run
 from lmssl.predict import predict
-from lmssl.recipe import FinetuneRecipe, finetune
+from lmssl.recipe import FinetuneRecipe, curve_of, finetune
 from lmssl.tasks import base, curve, make_task
+from lmssl.tasks.curve import Run
 from tests.helpers import small_model, token_set
 
 ARCHITECTURE = {"decoder": "llama", "encoder": "bert", "encoder-decoder": "t5"}
@@ -159,3 +161,16 @@ def test_resolved_recipe_repeats_the_run(data, backbones, tmp_path):
     again = FinetuneRecipe.load(tmp_path / "a" / "recipe.yaml", [f"trainer.output_dir={tmp_path / 'b'}"])
     assert finetune(again, quiet=True)["results"] == first["results"]
     assert tokenization.load(tmp_path / "a").settings["model_max_length"] == LENGTH
+
+
+def test_an_epoch_is_all_that_is_trained_on(data, backbones, tmp_path):
+    """A long context is several windows, and an epoch reads each."""
+    values = sections("qa", backbones["encoder"], data, tmp_path, stride=8)
+    values["data"]["max_length"] = 32
+    values["trainer"] |= {"num_train_epochs": 2}
+    del values["trainer"]["max_steps"]
+    recipe = FinetuneRecipe.of(values)
+    curve = curve_of(recipe, resolve(recipe.trainer, finetune_defaults(), OWNED_BY_TASKS), True)
+    windows = sum(len(shot.items) for shot in curve._few(0)[:20])
+    assert windows > 20
+    assert curve.steps(Run(20, "scratch", 0)) == -(-2 * windows // 4)

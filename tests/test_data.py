@@ -76,6 +76,12 @@ def test_a_list_of_records(tmp_path):
     assert list(corpus.documents(corpus.resolve(str(tmp_path / "list.json")))) == [(text, f"{tmp_path}/list.json:[{n}]") for n, text in enumerate(TEXTS)]
 
 
+def test_a_json_file_made_to_fill_the_memory(tmp_path):
+    (tmp_path / "x.json.gz").write_bytes(gzip.compress(b"[" + b" " * 300_000_000 + b"]"))
+    with pytest.raises(UserError, match=r"more than 200 to 1: this is not text"):
+        list(corpus.documents(corpus.resolve(str(tmp_path / "x.json.gz"))))
+
+
 def test_a_folder_of_somebody_s_is_not_replaced(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")

@@ -11,6 +11,7 @@ from lmssl import checkpoints
 from lmssl.cli import run
 from lmssl.errors import Diverged, Interrupted, UserError
 from lmssl.recipe import FinetuneRecipe, finetune
+from lmssl.tasks import ledger
 from lmssl.tasks.curve import Curve
 from lmssl.trainer import ExactTrainer
 from tests.helpers import small_model, token_set
@@ -114,6 +115,35 @@ def test_weights_that_cannot_be_loaded_are_refused_before_the_twin_trains(sectio
     with pytest.raises(UserError, match="the weights cannot be loaded"):
         finetune(FinetuneRecipe.of(values | {"model": {"from": str(tmp_path / "broken")}}), quiet=True)
     assert not seen
+
+
+def test_what_is_resumed_before_any_run_is_finished_is_compared_too(sections, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(patch, 2)
+        with pytest.raises(Interrupted):
+            finetune(FinetuneRecipe.of(sections(tmp_path)), quiet=True)
+    assert list(tmp_path.glob("checkpoints/*/checkpoint-*")), "of the run that was under way"
+    with pytest.raises(UserError, match=r"trainer\.learning_rate changed"):
+        finetune(FinetuneRecipe.of(sections(tmp_path, learning_rate=2e-3)), resume=True, quiet=True)
+
+
+def test_the_number_of_processes_is_part_of_a_curve(sections, tmp_path, monkeypatch):
+    """Each step takes as many examples more."""
+    finetune(FinetuneRecipe.of(sections(tmp_path, seeds=1, learning_rates=[])), quiet=True)
+    monkeypatch.setattr(ledger, "_processes", lambda: 2)
+    with pytest.raises(UserError, match="processes changed: the finished runs have None, this recipe 2"):
+        finetune(FinetuneRecipe.of(sections(tmp_path, learning_rates=[])), resume=True, quiet=True)
+
+
+def test_the_card_names_the_labels_of_the_model_that_lies_there(sections, tmp_path):
+    values = sections(tmp_path, seeds=1, learning_rates=[])
+    values["task"]["labels"] = [8, 16]
+    finetune(FinetuneRecipe.of(values), quiet=True)
+    values["task"]["labels"] = [8]
+    metrics = finetune(FinetuneRecipe.of(values), resume=True, quiet=True)
+    assert {r["labels"] for r in metrics["results"]} == {8}
+    assert metrics["saved_labels"] == 16
+    assert "on 16 labelled examples" in " ".join((tmp_path / "README.md").read_text().split())
 
 
 def test_more_seeds_add_runs(sections, whole, tmp_path, monkeypatch):

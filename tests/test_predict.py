@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -76,6 +77,24 @@ def test_a_backbone_without_a_head_predicts_nothing(classifier, capsys):
     """Its head would be drawn at random, and its answers with it."""
     assert run(["predict", str(classifier.parent / "backbone"), "--task", "sentiment"]) == 2
     assert "has no weights for sentiment" in capsys.readouterr().err
+
+
+def test_a_model_without_its_language_head_is_not_scored(classifier, tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text('{"sentence_good": "the film was good", "sentence_bad": "film the was good"}\n')
+    for args in (["--pairs", str(tmp_path / "pairs.jsonl")], [f"data.text={tmp_path / 'pairs.jsonl'}::sentence_good"]):
+        assert run(["evaluate", str(classifier), *args]) == 2
+        assert "is no pretrained language model: cls.predictions" in capsys.readouterr().err
+    assert run(["evaluate", str(classifier.parent / "backbone"), "--pairs", str(tmp_path / "pairs.jsonl")]) == 0
+
+
+def test_no_length_is_no_mistake(classifier, tmp_path, capsys):
+    """A tokenizer of somebody else's may say null."""
+    shutil.copytree(classifier, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": None}))
+    (tmp_path / "a.txt").write_text("a film\n")
+    assert run(["predict", str(tmp_path / "model"), str(tmp_path / "a.txt"), "--task", "sentiment"]) == 0
+    assert "label" in capsys.readouterr().out
 
 
 def test_bad_lines(classifier, monkeypatch, capsys):

@@ -8,13 +8,14 @@ import pytest
 import torch
 import transformers
 
-from lmssl import models
+from lmssl import models, predict, tokenization
 from lmssl.data.tokens import below, content_hash
 from lmssl.errors import UserError
 from lmssl.recipe import FinetuneRecipe, finetune
-from lmssl.tasks import adapters, base
+from lmssl.tasks import adapters, base, generation
 from lmssl.tasks.base import Backbone, Example
 from lmssl.tasks.sentiment import Labelled, Sentiment
+from lmssl.tasks.translation import Translation
 from tests.helpers import sentences, small_model, token_set, tokenizer
 
 EXAMPLES = [Example(text, "good" if n % 3 else "bad", f"x:{n}") for n, text in enumerate(dict.fromkeys(sentences(300)))]
@@ -135,6 +136,42 @@ def test_the_saved_tokenizer_makes_the_same_inputs(backbones, tmp_path):
         pair = Sentiment(text_a="a", text_b="b")
         plain = transformers.AutoTokenizer.from_pretrained(tmp_path / family / "start")
         assert plain("a film", "a plot")["input_ids"] == ids_of(pair, backbone, Labelled("a film", "0", "", "a plot"))[0]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece"])
+def test_a_cue_and_a_separator_are_what_they_are_behind_a_text(kind, tmp_path):
+    """A tokenizer may read them as other tokens there than alone; plain transformers reads text and cue as one."""
+    own = tokenizer() if kind == "bpe" else tokenization.train(sentences(400), kind, 700)
+    small_model("llama", own.vocab(), 40).save_pretrained(tmp_path / "backbone")
+    own.save(tmp_path / "backbone")
+    backbone = Backbone.load(str(tmp_path / "backbone"), 24, ["0", "1"])
+    texts = ["the film was good.", "a plot ", sentences(1, seed=2)[0] * 4]
+    task = Sentiment(cue=" Overall, it was")
+    task.finish(backbone, None).save(tmp_path / "tuned")
+    plain = transformers.AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    assert plain([f"{text}{task.cue}" for text in texts], truncation=True)["input_ids"] == ids_of(task, backbone, *(Labelled(t, "0", "") for t in texts))
+    pair = Sentiment(text_a="a", text_b="b", cue=task.cue)
+    assert plain("a film", f"a plot{task.cue}")["input_ids"] == ids_of(pair, backbone, Labelled("a film", "0", "", "a plot"))[0]
+    for separator in (" =>", " to: "):
+        Translation(separator=separator).finish(backbone, None).save(tmp_path / "writer")
+        plain = transformers.AutoTokenizer.from_pretrained(tmp_path / "writer")
+        made = generation.prompts(backbone, texts, separator, 24)
+        assert plain([f"{text}{separator}" for text in texts[:2]])["input_ids"] == [row.tolist() for row in made[:2]]
+        assert len(made[2]) == 24
+        assert made[2][-len(backbone.ids([separator])[0]) :].tolist() == backbone.ids([separator])[0].tolist()
+
+
+def test_a_trained_head_is_not_replaced_by_the_answers(backbones, tmp_path):
+    """Predictions of a fine-tuned model are its own, not those of the words that its head began as."""
+    task = Sentiment(cue=" It was", answers={"0": [" bad"], "1": [" good", " great"]})
+    model = task.model(backbones["decoder"], True, 0)
+    with torch.no_grad():
+        model.score.weight.normal_()
+    model.save_pretrained(tmp_path)
+    task.finish(backbones["decoder"], model).save(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"task": {"name": "sentiment"} | dataclasses.asdict(task)}))
+    _, _, loaded = predict.load(str(tmp_path), None)
+    assert torch.equal(loaded.score.weight.cpu(), model.score.weight)
 
 
 @pytest.fixture(scope="module")

@@ -398,7 +398,11 @@ def test_evaluate_repeats_the_final_number(corpus_file, tmp_path):
     assert other["loss"] != metrics["held_out"]["loss"]
     saved = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert saved["held_out"] == again, "another text does not take the place of the run's own"
-    assert saved["evaluated"] == {str(corpus_file): other}
+    assert saved["evaluated"] == {f"data.text={corpus_file}": other}
+    evaluate(str(tmp_path / "run"), ["data.seq_length=16"])
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["held_out"] == again
+    with pytest.raises(UserError, match="what this checkpoint was trained on would be measured"):
+        evaluate(str(tmp_path / "run"), ["data.held_out=0.5"])
 
 
 def test_continue_from_a_checkpoint(corpus_file, tmp_path):

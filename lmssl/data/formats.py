@@ -208,7 +208,7 @@ def jsonl(stream: IO[bytes], path: str, bad: BadRecords) -> Iterator[Record]:
 def json_file(stream: IO[bytes], path: str) -> Iterator[Record]:
     """A JSON document: a list of records, or the questions of SQuAD, each with its context."""
     try:
-        whole = json.loads(stream.read().decode("utf-8"))
+        whole = json.loads(b"".join(iter(lambda: stream.read(2**20), b"")).decode("utf-8"))  # by pieces, each of which is weighed
     except (UnicodeDecodeError, ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
         hint = "; a JSON object on each line belongs into a .jsonl" if "Extra data" in str(error) else ""
         raise UserError(f"{path}: not valid JSON: {error}{hint}") from None

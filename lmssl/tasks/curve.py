@@ -163,9 +163,14 @@ class Curve:
             rate = self._rate(run)
             model, steps = self._trained(run, self._few(run.seed), rate)
             scores = self._scored(model, run)
-            if (run.seed, run.labels, run.init) == (0, max(self.task.labels), "pretrained") and self.first:
-                self._save(model)
-            ledger.results.append({**vars(run), "steps": steps, "learning_rate": rate, "score": scores[self.task.metric], **scores})
+            result = {**vars(run), "steps": steps, "learning_rate": rate, "score": scores[self.task.metric], **scores}
+            if (run.seed, run.labels, run.init) == (0, max(self.task.labels), "pretrained"):
+                if self.first:
+                    self._save(model)
+                for other in ledger.results:
+                    other.pop("saved", None)
+                result["saved"] = True
+            ledger.results.append(result)
             ledger.save(self._seconds())
             self._say(ledger.results[-1], len(todo), number + 1, len(missing))
         results = [found for run in todo if (found := ledger.result(**vars(run)))]
@@ -187,6 +192,7 @@ class Curve:
             "summary": summary(results),
             "equivalence": equivalence(results),
             "notes": notes,
+            "saved_labels": next((r["labels"] for r in ledger.results if r.get("saved")), max(self.task.labels)),
         }
         if self.task.classes and baseline.available():
             try:
@@ -207,7 +213,8 @@ class Curve:
 
     def _length(self, run: Run) -> dict[str, Any]:
         values = self.values if {"max_steps", "num_train_epochs"} & set(self.values) else self.values | {"max_steps": steps_for(run.labels)}
-        return arguments.with_steps(values, run.labels)
+        items = sum(len(shot.items) for shot in self._few(run.seed)[: run.labels]) if "num_train_epochs" in values else run.labels
+        return arguments.with_steps(values, items)
 
     def sample(self, callback: TrainerCallback) -> PreTrainedModel:
         """The largest pretrained run, which `callback` may watch and end; its model."""
@@ -276,15 +283,15 @@ class Curve:
         self.trainer = ExactTrainer(model, args, stream, self.collate, identity={"steps": args.max_steps}, quiet=True, **arguments.own(values))
         for callback in callbacks:
             self.trainer.add_callback(callback)
-        point = None
-        if checkpoints.all_of(folder):
-            try:
-                point = self.trainer.resume_point()
-            except UserError as error:
-                log.warning("%s; this run begins anew", str(error).partition("; --overwrite")[0])
-                if self.first:
-                    shutil.rmtree(folder)
-                self.trainer.accelerator.wait_for_everyone()
+        point, damaged = None, False
+        try:
+            point = self.trainer.resume_point() if checkpoints.all_of(folder) else None
+        except UserError as error:
+            log.warning("%s; this run begins anew", str(error).partition("; --overwrite")[0])
+            damaged = True
+        self.trainer.accelerator.wait_for_everyone()  # no rank looks any more
+        if damaged and self.first:
+            shutil.rmtree(folder)
         self.trainer.run(point)
         if self.first:
             shutil.rmtree(folder, ignore_errors=True)

@@ -114,7 +114,12 @@ def prompts(backbone: Backbone, sources: Sequence[str], separator: str, room: in
         raise UserError(f"task.separator: the tokenizer makes no token of {separator!r}, so nothing would end the source; use a word or a sign")
     if room <= len(begin) + len(end):
         raise UserError(f"data.max_length: {backbone.length} tokens leave no room for a source")
-    return [np.concatenate([begin, ids[: room - len(begin) - len(end)], end]) for ids in backbone.ids(sources)]
+    # Behind a source the separator may be other tokens than alone; a source that is cut ends in those that it is alone.
+    joint = backbone.ids([f"{source}{separator}" for source in sources]) if backbone.family == "decoder" else [np.append(ids, end) for ids in backbone.ids(sources)]
+    long = [k for k, ids in enumerate(joint) if len(ids) > room - len(begin)]
+    for k, ids in zip(long, backbone.ids([sources[k] for k in long]), strict=True):
+        joint[k] = np.concatenate([ids[: room - len(begin) - len(end)], end])
+    return [np.concatenate([begin, ids]).astype(np.int32) for ids in joint]
 
 
 def collator(backbone: Backbone, multiple: int) -> Callable[[list[Item]], dict[str, Tensor]]:

@@ -128,30 +128,40 @@ class Sentiment(FewLabels):
         if self.answers:
             if backbone.family != "decoder" or not isinstance(getattr(model, "score", None), torch.nn.Linear):
                 raise UserError(f"task.answers: the head of {type(model).__name__} is not a projection of the state that predicts the next token; leave answers out")
-            weight = backbone.build(models.AUTO["decoder"], pretrained, seed).get_output_embeddings().weight.detach()
-            rows = [weight[[int(ids[0]) for ids in backbone.ids(self.answers[c])]].mean(0) for c in backbone.classes]
-            model.score.weight.data.copy_(torch.stack(rows))
+            if not pretrained or any(name.startswith("score.") for name in model._lmssl_new):  # else it is trained: of a fine-tuned checkpoint
+                model.score.weight.data.copy_(self._rows(backbone, pretrained, seed))
         return model
+
+    def _rows(self, backbone: Backbone, pretrained: bool, seed: int) -> Tensor:
+        """[classes, width]: the rows by which the language model predicts the first tokens of each class's answers, their mean."""
+        writer = backbone.build(models.AUTO["decoder"], pretrained, seed)
+        if pretrained and writer._lmssl_new:
+            raise UserError(f"task.answers: {backbone.source} has no vocabulary projection ({sorted(writer._lmssl_new)[0]} is missing); leave answers out")
+        weight = writer.get_output_embeddings().weight.detach()
+        return torch.stack([weight[[int(ids[0]) for ids in backbone.ids(self.answers[c])]].mean(0) for c in backbone.classes])
 
     def encode(self, backbone: Backbone, examples: Sequence[Any]) -> list[list[Item]]:
         """Token ids cut to the backbone's length, and the class number (0 where there is none)."""
         begin = np.array(backbone.begin(), np.int32)
         eos = np.array([backbone.tokenizer.id("eos")], np.int32)
-        end = np.concatenate([backbone.tokenizer.template(self.cue), eos[:0] if backbone.family == "decoder" else eos])
+        cue = backbone.tokenizer.template(self.cue)
+        # Behind a text the cue may be other tokens than alone; one with special tokens in it is divided there anyway.
+        joint = self.cue if self.cue and not backbone.tokenizer.vocab().special[cue].any() else ""
+        end = np.concatenate([cue[:0] if joint else cue, eos[:0] if backbone.family == "decoder" else eos])
         numbers = {name: i for i, name in enumerate(backbone.classes)}
         seconds: list[Any] = [None] * len(examples)
         if self.text_b:
-            seconds = backbone.ids([e.second for e in examples])
+            seconds = backbone.ids([f"{e.second}{joint}" for e in examples])
         rows = []
-        room = backbone.length - len(begin) - len(end)
-        if room < (2 if self.text_b else 1):
-            raise UserError(f"data.max_length: {backbone.length} tokens leave no room for a text" + (f" beside the cue's {len(end)}" if self.cue else ""))
-        for first, second in zip(backbone.ids([e.text for e in examples]), seconds, strict=True):
+        room, within = backbone.length - len(begin) - len(end), len(cue) if joint else 0
+        if room - within < (2 if self.text_b else 1):
+            raise UserError(f"data.max_length: {backbone.length} tokens leave no room for a text" + (f" beside the cue's {len(cue)}" if self.cue else ""))
+        for first, second in zip(backbone.ids([e.text if self.text_b else f"{e.text}{joint}" for e in examples]), seconds, strict=True):
             if second is None:
                 rows.append(np.concatenate([begin, self._cut(first, room), end]))
                 continue
             both = room - 1
-            to_first = max(both - len(second), min(len(first), both // 2))
+            to_first = max(both - len(second), min(len(first), (both - within) // 2))
             rows.append(np.concatenate([begin, self._cut(first, to_first), eos, self._cut(second, both - min(len(first), to_first)), end]))
         return [[{"input_ids": row, "label": numbers.get(e.label, 0)}] for row, e in zip(rows, examples, strict=True)]
 
