@@ -86,14 +86,14 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
 
     hints = typing.get_type_hints(TrainingArguments)
     fields = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    config.check_keys({name: None for name in section if name not in owned}, [*(fields - set(owned)), *OURS], "trainer")
+    section = {name: value for name, value in section.items() if value is not None}  # null: as if it were not there
     for name in section:
         if name in owned:
             raise UserError(f"trainer.{name}: not to be set: {owned[name]}")
     if isinstance(accelerator := section.get("accelerator_config"), dict) and {"split_batches", "dispatch_batches"} & set(accelerator):
         raise UserError("trainer.accelerator_config: split_batches and dispatch_batches are not to be set: item i of the stream belongs to one place in the batch")
-    config.check_keys(section, [*(fields - set(owned)), *OURS], "trainer")
-    hints |= OURS
-    values = {k: config.convert(v, hints[k], f"trainer.{k}") for k, v in config.set_keys(section, hints).items()}
+    values = {k: config.convert(v, OURS.get(k) or hints[k], f"trainer.{k}") for k, v in section.items()}
     if not str(values.get("output_dir") or "").strip():
         raise UserError("trainer.output_dir: missing; name the folder of the run")
     _check_ranges(values)

@@ -110,7 +110,11 @@ def apply_overrides(recipe: dict[str, dict[str, Any]], overrides: typing.Iterabl
             target[part] = dict(inner) if isinstance(inner, dict) else {}
             target = target[part]
         # YAML would read a headless table's column #1 as a comment.
-        target[path[-1]] = value if value.startswith("#") else parse_yaml(value, f"'{item}'")
+        found = value if value.startswith("#") else parse_yaml(value, f"'{item}'")
+        if found is None and len(path) > 2:  # what is inside a value is nobody's to check
+            target.pop(path[-1], None)
+        else:
+            target[path[-1]] = found
     return recipe
 
 
@@ -129,7 +133,8 @@ def check_keys(mapping: Mapping[str, Any], known: typing.Iterable[str], where: s
 
 def set_keys(mapping: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
     """A mapping without the keys that are null where their type does not admit nothing: they are as if they were not there."""
-    return {key: value for key, value in mapping.items() if value is not None or type(None) in typing.get_args(hints[key]) or hints[key] in (Any, type(None))}
+    admitted = {key for key, hint in hints.items() if type(None) in typing.get_args(hint) or hint in (Any, type(None))}
+    return {key: value for key, value in mapping.items() if value is not None or key in admitted}
 
 
 def convert(value: Any, annotation: Any, where: str) -> Any:

@@ -96,9 +96,18 @@ def config_of(section: Mapping[str, Any], where: str = "model") -> PretrainedCon
     keys.pop("init", None)
     check_keys(keys, known_keys(cls), where)
     try:
-        return cls(**keys)
+        return cls(**{k: v for k, v in keys.items() if v is not None or _takes_nothing(cls, k)})
     except Exception as error:  # strict dataclass errors, ValueErrors, TypeErrors: each config class has its own
         raise UserError(f"{where}: {architecture} refuses this configuration: {' '.join(str(error).split())}") from error
+
+
+def _takes_nothing(cls: type, key: str) -> bool:
+    """Whether null is a value of a configuration's key; else it unsets it."""
+    try:
+        cls(**{key: None})
+    except Exception:
+        return False
+    return True
 
 
 def init_of(section: Mapping[str, Any]) -> Any:

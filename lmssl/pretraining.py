@@ -69,8 +69,8 @@ class PretrainTrainer(ExactTrainer):
         stream = Stream(train_dataset, objective, length, args.seed, args.max_steps * batch, self.start)
         collator = Collator(objective, length, family, stream.vocab.pad)
         identity = train_dataset.identity | {"objective": section, "seed": args.seed, "batch": batch, "seq_length": length, "threads": torch.get_num_threads()}
-        identity |= {"bf16": bool(args.bf16), "torch_compile": bool(args.torch_compile), "optimizer": optimizer if optimizer == "muon" else args.optim.value}
-        identity |= {name: getattr(args, name) for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2")}
+        identity |= {"bf16": bool(args.bf16), "torch_compile": bool(args.torch_compile), "optimizer": optimizer if optimizer == "muon" else args.optim.value.removesuffix("_fused")}
+        identity |= {name: getattr(args, name) for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")}
         self.held_out_stream = held_out_stream(stream, length, self.start)
         super().__init__(models.prepare(model), args, stream, collator, optimizer, identity, quiet, on_spike, worker_timeout, self.held_out_stream)
         models.check_isolated(self.model, stream.vocab, length)

@@ -46,7 +46,7 @@ def recorded(path: Path, section: Mapping[str, Any], sections: tuple[str, ...]) 
         then = config.load(path, (), sections)["trainer"]
     except (UserError, KeyError):
         return {}
-    names = [] if "torch_compile" in section else ["torch_compile"]
+    names = [] if section.get("torch_compile") is not None else ["torch_compile"]
     names += ["batch", "per_device_train_batch_size", "gradient_accumulation_steps"] if section.get("batch") == "auto" else []
     return {name: then[name] for name in names if name in then}
 

@@ -82,7 +82,7 @@ class PretrainRecipe:
         data = config.build(DataSection, sections["data"], "data")
         continued = sections["model"].get("from") is not None
         # null unsets a key; of an architecture's own it may also be the value.
-        model = {k: v for k, v in sections["model"].items() if v is not None or not (continued or k in ("architecture", "from", "init"))}
+        model = {k: v for k, v in sections["model"].items() if v is not None or not (continued or k in ("architecture", "from", "init", "attn_implementation"))}
         if data.tokenizer is None and not continued:
             raise UserError("data.tokenizer: missing; name a tokenizer folder, for example tokenizer_assets/bpe-8k")
         return cls(data, model, dict(sections["objective"]), dict(sections["trainer"]))

@@ -31,8 +31,8 @@ from lmssl.watch import Clock, Guard, Progress, of_the_data
 
 log = logging.getLogger("lmssl")
 
-OWN: tuple[str, ...] = ("lr", "initial_lr", "weight_decay", "betas")
-"""What a resumed run takes from its own recipe and not from the checkpoint's optimizer; betas where the checkpoint says with which it was made
+RATES, MOMENTS = ("lr", "initial_lr", "weight_decay"), ("betas", "eps")
+"""What a resumed run takes from its own recipe and not from the checkpoint's optimizer; of the moments where the checkpoint says with which it was made
 (decision 0019)."""
 
 
@@ -106,7 +106,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self._stage: Path | None = None
         self._sealer = ThreadPoolExecutor(1, "lmssl-seal")
         self._sealing: Future[None] | None = None
-        self._begin, self._own, self._any_label = (0, 0), OWN, False  # step and item that this process begins with
+        self._begin, self._any_label = (0, 0), False  # step and item that this process begins with
+        self._own: tuple[str, ...] = RATES
         self._known_good: set[str] = set()
         self.guard = Guard(self)
         self.add_callback(self.guard)
@@ -168,8 +169,9 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         if folder is not None:
             step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
             manifest = checkpoints.facts(folder)
-            batch = manifest.get("identity", {}).get("batch", self.global_batch)
-            self._begin, self._own = (step, manifest.get("items", step * batch)), OWN if "adam_beta2" in manifest.get("identity", {}) else OWN[:-1]
+            made_with = manifest.get("identity", {})
+            self._begin = (step, manifest.get("items", step * made_with.get("batch", self.global_batch)))
+            self._own = (*RATES, *MOMENTS) if "adam_beta2" in made_with else RATES
             # A batch of another size, accepted on resuming, may need more items than the steps of the whole run have.
             if (end := self.items(self.args.max_steps).start) > len(self.train_dataset):  # type: ignore[arg-type]
                 self.train_dataset.length = end  # type: ignore[union-attr]
@@ -269,7 +271,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        own = [{k: group[k] for k in self._own if k in group} for group in self.optimizer.param_groups]
+        # Muon's own eps is none of the recipe's.
+        own = [{k: group[k] for k in self._own if k in group and not (k == "eps" and group.get("muon"))} for group in self.optimizer.param_groups]
         with refused(f"{checkpoint}: its optimizer is another"):
             super()._load_optimizer_and_scheduler(checkpoint)
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)

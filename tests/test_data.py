@@ -147,7 +147,7 @@ BAD = {
     "strings.json": (b'["a"]', r"strings.json:\[0\]: expected a JSON object with a column for the text, got text"),
     "object.json": (b'{"rows": []}', r"object.json: neither a list of records nor SQuAD JSON"),
     "semicolon.csv": (b"text;label\na;1\n", r"semicolon.csv:1: the columns seem to be divided by ';'; what divides them here is a comma"),
-    "all.txt::file": (b"one\ntwo\n", r"no document to train on: all 1 are held out .*FILE::paragraph"),
+    "all.txt::file": (b"one\ntwo\n", r"no document to train on: the only one is held out .*FILE::paragraph"),
     "zip.jsonl": (b"PK\x03\x04rest", r"zip.jsonl: is a zip archive"),
     "long.txt": (b"a" * (formats.MAX_LINE + 5), r"long.txt:1: longer than 16 MiB"),
     "break.csv": (b'zz,"2\n3"\nt,u\n', r"break.csv:3: no column 'text'; choose from: 2 3, zz"),

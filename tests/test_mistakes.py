@@ -60,7 +60,13 @@ def test_settings_that_work(corpus_file, tmp_path, capsys):
     recipe = written(recipe_of(corpus_file, tmp_path / "run"), tmp_path / "r.yaml")
     stable = "trainer.lr_scheduler_type=warmup_stable_decay trainer.lr_scheduler_kwargs.num_decay_steps=1"
     epochs = "trainer.max_steps=null trainer.num_train_epochs=0.02"
-    for overrides in (stable, epochs, "data.held_out=null model.pad_token_id=null model.init=null", "trainer.adam_epsilon=0.1"):
+    for overrides in (
+        stable,
+        epochs,
+        "data.held_out=null model.pad_token_id=null model.init=null model.initializer_range=null model.attn_implementation=null trainer.report_to=null trainer.optim=null",
+        "trainer.lr_scheduler_type=cosine trainer.lr_scheduler_kwargs.num_cycles=null",
+        "trainer.adam_epsilon=0.1",
+    ):
         assert run(["pretrain", recipe, "--overwrite", *overrides.split()]) == 0, capsys.readouterr().err
     large = json.loads((tmp_path / "run" / "metrics.json").read_text())["held_out"]["loss"]
     assert run(["pretrain", recipe, "--overwrite"]) == 0

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -159,6 +160,24 @@ def test_a_cue_and_a_separator_are_what_they_are_behind_a_text(kind, tmp_path):
         assert plain([f"{text}{separator}" for text in texts[:2]])["input_ids"] == [row.tolist() for row in made[:2]]
         assert len(made[2]) == 24
         assert made[2][-len(backbone.ids([separator])[0]) :].tolist() == backbone.ids([separator])[0].tolist()
+
+
+def test_answers_are_what_they_are_behind_the_cue(tmp_path):
+    """A tokenizer that puts a sign for a space before every text (Llama 2's) begins each answer by it when alone."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(["bad", "good"] * 40 + [word for text in sentences(200) for word in text.split()], trainer)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}')
+    own = tokenization.load(tmp_path)
+    small_model("llama", own.vocab(), 40).save_pretrained(tmp_path)
+    backbone = Backbone.load(str(tmp_path), None, ["0", "1"])
+    assert len({int(backbone.ids([answer])[0][0]) for answer in (" bad", " good")}) == 1
+    model = Sentiment(cue=" it was", answers={"0": [" bad"], "1": [" good"]}).model(backbone, True, 0)
+    assert not torch.equal(model.score.weight[0], model.score.weight[1])
+    with pytest.raises(UserError, match="the answers of two classes begin with the same tokens"):
+        Sentiment(cue=" it was", answers={"0": [" bad"], "1": [" bad"]}).model(backbone, True, 0)
 
 
 def test_a_trained_head_is_not_replaced_by_the_answers(backbones, tmp_path):

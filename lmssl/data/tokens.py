@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -174,15 +175,10 @@ def write(
             (train if any_held else held).add(waiting[1])
         counts = {"train": train.close(), "held_out": held.close()}
         if not counts["train"]["documents"]:
-            names = ", ".join(s["path"] for s in (sources or [])[:3])
-            raise UserError(
-                f"data.text: {names}{': ' if names else ''}no document to train on"
-                + (
-                    f": all {counts['held_out']['documents']:,} are held out (smaller: data.held_out; a .txt file as several documents: FILE::paragraph)"
-                    if counts["held_out"]["documents"]
-                    else "; is the text empty?"
-                )
-            )
+            names, held_back = ", ".join(s["path"] for s in (sources or [])[:3]), counts["held_out"]["documents"]
+            why = ": the only one is held out" if held_back == 1 else f": all {held_back:,} are held out"
+            way_out = f"{why} (a smaller data.held_out; a .txt file as several documents: FILE::paragraph)" if held_back else "; is the text empty?"
+            raise UserError(f"data.text: {names}{': ' if names else ''}no document to train on{way_out}")
         tokenizer.save(stage / "tokenizer")
         manifest = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocabulary": tokenizer.size, "sources": sources or [], "duplicates": duplicates, **counts}
         manifest |= {"decontaminated": leaks} if tests is not None else {}
@@ -260,6 +256,23 @@ def _progress(total: int, quiet: bool) -> Any:
     return tqdm(total=total, unit="B", unit_scale=True, desc="preparing", disable=quiet or None, leave=False)
 
 
+def _chunks(path: Path) -> Iterator[Any]:
+    """The `input_ids` of each batch of a file, as a list array over the mapped file.
+
+    To look at a batch maps the pages around what was looked at, 64 KiB or more, and they would count as this process's memory: of much
+    text more than all the rest. So they are given back now and then; the next look maps them again.
+    """
+    import pyarrow as pa
+
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for number, batch in enumerate(pa.ipc.open_stream(pa.py_buffer(mapped))):
+        if batch.num_rows:
+            yield batch.column("input_ids")
+        if number % 16 == 15 and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
 def _array(kind: Any, numbers: np.ndarray) -> Any:
     """An Arrow array over numbers of that type; pa.array would import pandas."""
     import pyarrow as pa
@@ -282,26 +295,24 @@ class TokenSet:
     """
 
     def __init__(self, folder: str | Path, split: str = "train"):
-        import pyarrow as pa
-
         self.folder, self.split = Path(folder), split
         try:
             self.manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
             files = json.loads((self.folder / split / "state.json").read_text(encoding="utf-8"))["_data_files"] if self.manifest[split]["documents"] else []
-            tables = [pa.ipc.open_stream(pa.memory_map(str(self.folder / split / f["filename"]))).read_all() for f in files]
+            # Zero-copy views of the memory-mapped Arrow buffers, and the running number of each document's first token.
+            self._values: list[np.ndarray] = []
+            self._starts = np.empty(self.manifest[split]["documents"], np.int64)
+            self.documents = self.tokens = 0
+            for chunk in chain.from_iterable(_chunks(self.folder / split / f["filename"]) for f in files):
+                offsets, after = _numbers(chunk.offsets), self.documents + len(chunk)
+                np.add(offsets[:-1], self.tokens - int(offsets[0]), out=self._starts[self.documents : after], dtype=np.int64)
+                self._values.append(_numbers(chunk.flatten()))
+                self.documents, self.tokens = after, self.tokens + len(self._values[-1])
+            if self.documents < len(self._starts):
+                raise ValueError(f"{split} has {self.documents} documents of {len(self._starts)}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: not a token set (made by `lmssl prepare`): {error}") from None
-        # Zero-copy views of the memory-mapped Arrow buffers, and the running number of each document's first token.
-        chunks = [c for table in tables for c in table.column("input_ids").chunks if len(c)]
-        self._values = [_numbers(c.flatten()) for c in chunks]
         self._chunk_starts = np.concatenate([[0], np.cumsum([len(v) for v in self._values])]).astype(np.int64)
-        self._starts = np.empty(sum(len(c) for c in chunks), np.int64)
-        at = 0
-        for chunk, base in zip(chunks, self._chunk_starts.tolist(), strict=False):
-            offsets = _numbers(chunk.offsets)
-            np.add(offsets[:-1], base - int(offsets[0]), out=self._starts[at : at + len(chunk)], dtype=np.int64)
-            at += len(chunk)
-        self.documents, self.tokens = len(self._starts), int(self._chunk_starts[-1])
 
     def __len__(self) -> int:
         return self.tokens

@@ -16,6 +16,8 @@ from lmssl.errors import UserError, written
 from lmssl.tasks.base import Backbone, Task
 
 NAME = "progress.json"
+INPUTS = 2
+"""Raised where a recipe comes to mean other inputs or steps than before: what was finished until then is of another curve."""
 COUNTS = ("labels", "seeds", "scratch_labels")
 """Fields of a task that say how many runs there are, not how one of them goes."""
 FREE = ("output_dir", "logging", "save", "report_to", "run_name", "dataloader", "worker_timeout", "on_spike", "disable_tqdm", "log_level", "per_device_eval_batch_size")
@@ -29,7 +31,7 @@ def identity_of(task: Task, backbone: Backbone, train: Sequence[Any], test: Sequ
     if _processes() > 1:
         fields["processes"] = _processes()
     fields |= {"data.train": _content(train), "data.test": _content(test), "data.max_length": backbone.length}
-    return output.plain({"task": task.name, "model.from": _weights(backbone), **fields, "threads": threads})
+    return output.plain({"task": task.name, "model.from": _weights(backbone), **fields, "threads": threads, "inputs": INPUTS})
 
 
 def _processes() -> int:

@@ -138,7 +138,17 @@ class Sentiment(FewLabels):
         if pretrained and writer._lmssl_new:
             raise UserError(f"task.answers: {backbone.source} has no vocabulary projection ({sorted(writer._lmssl_new)[0]} is missing); leave answers out")
         weight = writer.get_output_embeddings().weight.detach()
-        return torch.stack([weight[[int(ids[0]) for ids in backbone.ids(self.answers[c])]].mean(0) for c in backbone.classes])
+        first = [[self._first(backbone, answer) for answer in self.answers[c]] for c in backbone.classes]
+        if len({tuple(sorted(some)) for some in first}) < len(first):
+            raise UserError(
+                f"task.answers: the answers of two classes begin with the same tokens, which tell nothing: {', '.join(backbone.tokenizer.decode(some) for some in first)}"
+            )
+        return torch.stack([weight[some].mean(0) for some in first])
+
+    def _first(self, backbone: Backbone, answer: str) -> int:
+        """The token by which an answer begins behind the cue: it may be another than alone."""
+        cue, both = (backbone.tokenizer.template(text).tolist() for text in (self.cue, self.cue + answer))
+        return next(b for k, b in enumerate(both) if k >= len(cue) or b != cue[k])
 
     def encode(self, backbone: Backbone, examples: Sequence[Any]) -> list[list[Item]]:
         """Token ids cut to the backbone's length, and the class number (0 where there is none)."""
