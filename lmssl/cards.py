@@ -27,8 +27,11 @@ question, context = "Who wrote it?", "It was written by Ada Lovelace in 1843."
 inputs = tokenizer(question, context, return_tensors="pt", return_offsets_mapping=True, truncation="only_second")
 spans, inside = inputs.pop("offset_mapping")[0], [i for i, s in enumerate(inputs.sequence_ids()) if s == 1]
 outputs = model(**inputs)
-start, end = (inside[logits[0, inside].argmax()] for logits in (outputs.start_logits, outputs.end_logits))
-print(context[spans[start][0] : spans[end][1]].strip())""",
+scores = outputs.start_logits[0, inside, None] + outputs.end_logits[0, None, inside]
+scores = scores.where(scores.new_ones(scores.shape).triu().tril({longest} - 1) > 0, float("-inf"))
+start, end = (inside[i] for i in divmod(scores.argmax().item(), len(inside)))
+answer = context[spans[start][0] : spans[end][1]].strip()
+{null}print(answer)""",
 }
 """Prediction without lmssl, by task."""
 
@@ -109,4 +112,10 @@ def use(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
             if metrics["task"] == "translation"
             else repr(f"The question?{separator}The text with the answer." + (separator if decoder else ""))
         )
-    return USES[task].format(folder=folder, text=text, auto=auto, new='[:, inputs["input_ids"].shape[1] :]' if decoder else "")
+    null = ""
+    if recipe["task"].get("no_answer"):
+        at = -1 if decoder else 0
+        null = f"""null = outputs.start_logits[0, {at}] + outputs.end_logits[0, {at}]
+answer = "" if null - scores.max() > {recipe["task"]["null_margin"]} else answer  # unanswerable
+"""
+    return USES[task].format(folder=folder, text=text, auto=auto, new='[:, inputs["input_ids"].shape[1] :]' if decoder else "", longest=recipe["task"].get("longest"), null=null)

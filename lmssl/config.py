@@ -111,6 +111,8 @@ def apply_overrides(recipe: dict[str, dict[str, Any]], overrides: typing.Iterabl
             target = target[part]
         # YAML would read a headless table's column #1 as a comment.
         found = value if value.startswith("#") else parse_yaml(value, f"'{item}'")
+        if value and (found == value.strip() or not value.strip()):  # text, whose white space YAML drops: a cue begins with a space
+            found = value
         if found is None and len(path) > 2:  # what is inside a value is nobody's to check
             target.pop(path[-1], None)
         else:

@@ -195,6 +195,7 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     values = arguments.resolve(recipe.trainer, arguments.pretrain_defaults())
     args = arguments.build(values)  # refuses before any text is read
     out, first = Path(args.output_dir), int(os.environ.get("RANK", 0)) == 0
+    _check_kind(out, "objective", overwrite)
     if resume:
         values |= probe.recorded(out / "recipe.yaml", recipe.trainer, PRETRAIN)
     else:
@@ -208,6 +209,10 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     if first and not resume:  # by now nothing more is to be refused that could have been
         _remove([*_leavings(out), *out.glob("damaged-checkpoint-*")])
     point = trainer.resume_point(accept) if resume else None
+    if resume and point is None and (done := output.read_json(out / "metrics.json")):
+        raise UserError(
+            f"--resume: {out} is finished at step {done.get('steps')}, and its checkpoints are gone; model.from={out} in another folder continues it, --overwrite begins anew"
+        )
     if point is None and models.init_of(recipe.model) == "text":
         beginnings.begin_from_text(trainer.model, trainer.train_dataset.tokens, trainer.args.seed)
     resolved = {"data": dataclasses.asdict(recipe.data), "model": recipe.model, "objective": fields_of(objective), "trainer": values}
@@ -250,6 +255,14 @@ def _check_free(out: Path, present: list[Path], source: str | None, overwrite: b
         raise UserError(f"trainer.output_dir: {out} is the backbone in model.from, which it would overwrite; name another folder")
     if present and present[0].name != "README.md" and not overwrite:
         raise UserError(f"trainer.output_dir: {out} holds a run ({present[0].name}); --resume continues it, --overwrite begins anew")
+
+
+def _check_kind(out: Path, section: str, overwrite: bool) -> None:
+    """Refuse a folder that holds a run of the other kind: pretraining's recipe has an `objective`, fine-tuning's a `task`."""
+    path = out / "recipe.yaml"
+    if path.is_file() and not overwrite and section not in (config.parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}):
+        held = "pretrained model" if section == "task" else "fine-tuned model"
+        raise UserError(f"trainer.output_dir: {out} holds a {held}; name another folder (--overwrite removes it)")
 
 
 def _remove(paths: list[Path]) -> None:
@@ -379,6 +392,7 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
     out = Path(values["output_dir"])
     first = int(os.environ.get("RANK", 0)) == 0
     present = _leavings(out, ledger.NAME, "checkpoints", "predictions")
+    _check_kind(out, "task", overwrite)
     _check_free(out, present, recipe.source, resume or overwrite)
     runs = curve_of(recipe, values, quiet)
     task: Any = runs.task
@@ -396,7 +410,10 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
         _folder(out)
         output.write(out / "recipe.yaml", config.dump(output.plain(resolved)))
         runs.ledger.save(runs.ledger.seconds)  # what is resumed before any run is finished is compared with this
+    before = (output.read_json(out / "metrics.json") or {}) if resume else {}
     metrics = runs.run() | {"leaks": leaks, "environment": output.environment()}
+    if "evaluated" in before and not runs.saved:
+        metrics["evaluated"] = before["evaluated"]
     if first:
         with written(f"the results in {out}"):
             output.write(out / "README.md", cards.task_card(metrics, output.plain(resolved)))
@@ -457,6 +474,8 @@ def _pretraining_text(checkpoint: str) -> tuple[TokenSet, Tokenizer, str | None]
     path = Path(checkpoint) / "recipe.yaml"
     if not path.is_file():
         raise UserError(f"{checkpoint} has no recipe.yaml, so its text is not known")
+    if "task" in (config.parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}):
+        raise UserError(f"{checkpoint} was fine-tuned, and what it has seen since its pretraining is not known")
     sections = config.load(path, (), PRETRAIN)
     try:
         tokenizer = tokenization.load(checkpoint)

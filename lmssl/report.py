@@ -47,7 +47,10 @@ def write(folders: list[Path], *, png: bool = False) -> Path:
                 raise UserError(f"{path}: not valid JSON: {error}") from None
             if not isinstance(metrics, dict) or ("results" in metrics and not {"summary", "metric", "task"} <= set(metrics)):
                 raise UserError(f"{path}: is not of a run of lmssl")
-            runs.append((path.parent, metrics))
+            if {"results", "objective"} & set(metrics):  # else of a checkpoint that was only scored
+                runs.append((path.parent, metrics))
+    if not runs:
+        raise UserError(f"{folders[0]}: no metrics.json of a run in it or below, only of checkpoints that were scored")
     runs.sort(key=lambda run: "results" not in run[1])  # the evidence first
     target = folders[0] / "report.html"
     title = "lmssl: " + ", ".join(folder.name for folder in folders)
@@ -58,9 +61,10 @@ def write(folders: list[Path], *, png: bool = False) -> Path:
 def page(runs: list[tuple[Path, dict[str, Any]]], title: str, pngs: Path | None = None) -> str:
     """The whole page. `pngs`: a folder that gets every plot as PNG too."""
     parts = []
-    evidence = [m for _, m in runs if "results" in m]
-    for metrics in evidence:
-        parts.append(f'<p class="verdict">{html.escape(verdict(metrics))}</p>')
+    evidence = [run for run in runs if "results" in run[1]]
+    for folder, metrics in evidence:
+        name = f"{folder}: " if len(evidence) > 1 else ""
+        parts.append(f'<p class="verdict">{html.escape(name + verdict(metrics))}</p>')
     for number, (folder, metrics) in enumerate(runs):
         name = f"{number + 1}-{folder.name}"
 

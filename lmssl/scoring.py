@@ -46,6 +46,9 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     if not isinstance(batch, int) or batch < 1:
         raise UserError(f"trainer.per_device_eval_batch_size: {batch!r} must be a whole number above 0")
     token_set = prepared(data, tokenizer).held_out() if own_text else tokens.prepare(data.text, tokenizer, 0.0, on_bad_record=data.on_bad_record)
+    then = (output.read_json(folder / "metrics.json") or {}).get("data", {}).get("data")
+    if own_text and then and then != token_set.identity["data"]:
+        raise UserError(f"data.text: the text of {checkpoint} has changed since; what is held out of it now may have been trained on (other text: data.text=PATH)")
     start = getattr(checkpoint_config, "decoder_start_token_id", None)
     vocab = token_set.vocab(start)
     model = models.build({"from": checkpoint}, vocab, objective, data.seq_length, 0)

@@ -108,7 +108,7 @@ class Tokenizer:
             found.append((np.array(encoding.ids, np.int32), spans))
         return found
 
-    def for_inputs(self, length: int, truncation_side: str = "right", *, closing: bool = True, padding_side: str = "right") -> Tokenizer:
+    def for_inputs(self, length: int, truncation_side: str = "right", *, closing: bool = True, padding_side: str = "right", special: bool = False) -> Tokenizer:
         """A copy that makes a fine-tuned model's inputs in plain transformers: bos, text (eos, second text), eos.
 
         Args:
@@ -116,6 +116,7 @@ class Tokenizer:
             truncation_side: left keeps the end of a long text.
             closing: whether the input ends with eos.
             padding_side: left for decoders that generate.
+            special: whether special tokens spelt in a text are special tokens; else they are text, as they are in training.
         """
         from tokenizers import Tokenizer as Backend
         from tokenizers.processors import TemplateProcessing
@@ -125,7 +126,7 @@ class Tokenizer:
         single = [*bos, "$A", *([eos] if closing else [])]
         pair = [*bos, "$A", eos, "$B", *([eos] if closing else [])]
         backend.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=[(t, backend.token_to_id(t)) for t in {*bos, eos}])
-        settings = self.settings | {"model_max_length": length, "truncation_side": truncation_side, "padding_side": padding_side}
+        settings = self.settings | {"model_max_length": length, "truncation_side": truncation_side, "padding_side": padding_side, "split_special_tokens": not special}
         # A class of an architecture of its own (RobertaTokenizer) would put its own template in the place of this one.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         return Tokenizer(backend, self.roles, self.sentinels, settings | {"model_input_names": ["input_ids", "attention_mask"]}, self.source)

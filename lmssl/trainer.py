@@ -282,6 +282,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             schedule.base_lrs = [group["initial_lr"] for group in own]
             for group, values, factor in zip(self.optimizer.param_groups, own, schedule.lr_lambdas, strict=True):
                 group |= values | {"lr": values["initial_lr"] * factor(schedule.last_epoch)}
+            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what progress shows
 
     def _seal(self, staged: Path, facts: dict[str, Any]) -> None:
         root = staged.parent.parent

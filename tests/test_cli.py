@@ -161,6 +161,12 @@ def test_report_below_a_folder_called_checkpoint(tmp_path):
     assert run(["report", str(tmp_path / "checkpoint-study")]) == 0
 
 
+def test_report_of_what_was_only_scored(tmp_path, capsys):
+    (tmp_path / "metrics.json").write_text('{"evaluated": {}}')
+    assert run(["report", str(tmp_path)]) == 2
+    assert "only of checkpoints that were scored" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", '{"results": []}'])
 def test_report_of_somebody_else_s_metrics(text, tmp_path, capsys):
     (tmp_path / "metrics.json").write_text(text)

@@ -90,6 +90,10 @@ def test_cell(task, family, data, backbones, tmp_path):
     card = (out / "README.md").read_text()
     exec(card.split("```python\n")[1].split("```")[0].replace("print(", "shown = ("), namespace)
     assert "shown" in namespace
+    if task == "qa":
+        (tmp_path / "one.jsonl").write_text(json.dumps({"question": "Who wrote it?", "context": "It was written by Ada Lovelace in 1843."}))
+        (row,) = predict(str(out), [str(tmp_path / "one.jsonl")])
+        assert namespace["shown"] == row["answer"].strip(), "the best span of all, no longer than the recipe says"
     if task == "translation":
         (tmp_path / "one.jsonl").write_text(json.dumps({"source": "A text to work on."}))
         (row,) = predict(str(out), [str(tmp_path / "one.jsonl")])

@@ -150,6 +150,61 @@ def test_bad_records_are_left_out_wherever_text_is_read(sentiment, tmp_path, cap
     assert run([*map(str, other), "data.on_bad_record=skip"]) == 0
 
 
+def test_a_run_of_the_other_kind_is_not_resumed(sentiment, corpus_file, tmp_path, capsys):
+    shutil.copytree(sentiment / "run", tmp_path / "run")
+    shutil.copytree(sentiment / "sent", tmp_path / "sent")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.safetensors")}
+    columns = ("task.text=#1", "task.label=#2")
+    for more in ((), ("--resume",)):
+        assert "holds a pretrained model; name another folder" in refusal(
+            capsys, "finetune", sentiment / "f.yaml", f"model.from={sentiment / 'run'}", f"trainer.output_dir={tmp_path / 'run'}", *columns, *more
+        )
+        assert "holds a fine-tuned model; name another folder" in refusal(capsys, "pretrain", sentiment / "r.yaml", f"trainer.output_dir={tmp_path / 'sent'}", *more)
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    gone = refusal(capsys, "pretrain", sentiment / "r.yaml", f"trainer.output_dir={tmp_path / 'run'}", "trainer.max_steps=9", "--resume")
+    assert "is finished at step 4, and its checkpoints are gone" in gone
+    assert all(p.read_bytes() == content for p, content in before.items() if p.exists())
+
+
+def test_what_was_scored_stays(sentiment, tmp_path, capsys):
+    shutil.copytree(sentiment / "sent", tmp_path / "sent")
+    args = [str(sentiment / "f.yaml"), f"trainer.output_dir={tmp_path / 'sent'}", "task.text=#1", "task.label=#2"]
+    assert run(["evaluate", str(tmp_path / "sent"), f"data.test={sentiment / 'rows.tsv'}::#"]) == 0
+    before = json.loads((tmp_path / "sent" / "metrics.json").read_text())["evaluated"]
+    assert run(["finetune", *args, "--resume"]) == 0
+    assert json.loads((tmp_path / "sent" / "metrics.json").read_text())["evaluated"] == before
+    assert run(["finetune", *args, "--resume", "task.labels=[8,16]"]) == 0
+    assert "evaluated" not in json.loads((tmp_path / "sent" / "metrics.json").read_text()), "another model lies there now"
+    assert "has changed since" not in capsys.readouterr().err
+
+
+def test_a_text_that_changed_is_not_measured_in_its_place(tmp_path, capsys):
+    (tmp_path / "x.txt").write_text("\n".join(sentences(120)))
+    recipe = written(recipe_of(tmp_path / "x.txt", tmp_path / "run"), tmp_path / "r.yaml")
+    assert run(["pretrain", recipe]) == 0
+    before = (tmp_path / "run" / "metrics.json").read_text()
+    (tmp_path / "x.txt").write_text("\n".join(sentences(130, seed=7)))
+    assert "the text of" in refusal(capsys, "evaluate", tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.json").read_text() == before
+
+
+def test_white_space_of_a_value_stays():
+    from lmssl.config import apply_overrides
+
+    made = apply_overrides({}, ["task.cue= Overall, it was", "task.separator= ", "task.n= 3", 'task.quoted=" x"', "task.empty=", "task.list=[ a]"], ("task",))["task"]
+    assert made == {"cue": " Overall, it was", "separator": " ", "n": 3, "quoted": " x", "empty": None, "list": ["a"]}
+
+
+def test_fine_tuning_a_fine_tuned_model_says_so(sentiment, tmp_path, capsys):
+    rows = [f"{text}\t{'abc'[n % 3]}\n" for n, text in enumerate(dict.fromkeys(sentences(60, seed=5)))]
+    (tmp_path / "three.tsv").write_text("".join(rows))
+    args = [str(sentiment / "f.yaml"), f"model.from={sentiment / 'sent'}", f"trainer.output_dir={tmp_path / 'out'}", "task.text=#1", "task.label=#2"]
+    assert run(["finetune", *args]) == 0
+    assert "was fine-tuned, and what it has seen since its pretraining is not known" in json.loads((tmp_path / "out" / "metrics.json").read_text())["leaks"]["reason"]
+    assert "of a head for other classes" in refusal(capsys, "finetune", *args, "--overwrite", f"data.train={tmp_path / 'three.tsv'}::#")
+
+
 def test_nothing_is_removed_for_a_backbone_that_cannot_be_loaded(sentiment, capsys):
     spoilt = sentiment / "spoilt"
     shutil.copytree(sentiment / "run", spoilt)

@@ -230,6 +230,14 @@ def test_is_impossible_may_be_text(said, answered, tmp_path):
     assert bool(made.answers) == answered
 
 
+def test_a_question_that_stands_twice_counts_once(tmp_path):
+    (tmp_path / "x.jsonl").write_text((json.dumps(RECORD) + "\n") * 2 + json.dumps(RECORD | {"question": "another"}) + "\n")
+    assert [e.where.rpartition(":")[2] for e in QuestionAnswering(id="nothing").read(corpus.resolve(str(tmp_path / "x.jsonl")))] == ["1", "3"]
+    (tmp_path / "y.jsonl").write_text("".join(json.dumps(RECORD | {"id": "q", "question": q}) + "\n" for q in ("one", "two")))
+    with pytest.raises(UserError, match=r"y.jsonl:2: the id 'q' is that of another question, at .*y.jsonl:1"):
+        QuestionAnswering().read(corpus.resolve(str(tmp_path / "y.jsonl")))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -133,6 +133,8 @@ def test_the_saved_tokenizer_makes_the_same_inputs(backbones, tmp_path):
             task.finish(backbone, None).save(tmp_path / family / keep)
             plain = transformers.AutoTokenizer.from_pretrained(tmp_path / family / keep)
             assert plain(texts, truncation=True)["input_ids"] == ids_of(task, backbone, *(Labelled(t, "0", "") for t in texts)), (family, keep)
+            spelt = "It ended. </s> and <mask> more"
+            assert plain([spelt], truncation=True)["input_ids"] == ids_of(task, backbone, Labelled(spelt, "0", "")), "special tokens in a text are text"
             assert set(plain("a")) == {"input_ids", "attention_mask"}
         pair = Sentiment(text_a="a", text_b="b")
         plain = transformers.AutoTokenizer.from_pretrained(tmp_path / family / "start")

@@ -141,6 +141,8 @@ class Curve:
         self.ledger = Ledger(self.out, identity_of(task, backbone, train, test, values, torch.get_num_threads()), self.first)
         self.rates: dict[tuple[str, int], float] = {}
         self._subset: tuple[int, list[Shot]] = (-1, [])
+        self.saved = False
+        """Whether this process has saved a model."""
         if self.args.torch_compile:
             # Every width is compiled for itself; a kernel for all widths is slower than the few that occur.
             torch._dynamo.config.automatic_dynamic_shapes = False
@@ -165,6 +167,7 @@ class Curve:
             scores = self._scored(model, run)
             result = {**vars(run), "steps": steps, "learning_rate": rate, "score": scores[self.task.metric], **scores}
             if (run.seed, run.labels, run.init) == (0, max(self.task.labels), "pretrained"):
+                self.saved = True
                 if self.first:
                     self._save(model)
                 for other in ledger.results:

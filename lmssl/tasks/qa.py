@@ -92,12 +92,16 @@ class QuestionAnswering(FewLabels):
             raise ValueError(f"stride={self.stride} must be at least 0 tokens")
 
     def read(self, sources: list[corpus.Source]) -> list[Question]:
-        """Every question of the sources; an answer that does not stand where it says is refused."""
-        return [
-            dataclasses.replace(self.unlabelled(record, where), answers=_answers(record, self.answers, self.context, where))
-            for source in sources
-            for record, where in corpus.labelled(source)
-        ]
+        """Every question of the sources, one that stands twice on the same context once; an answer that does not stand where it says is refused."""
+        found: dict[tuple[str, str], Question] = {}
+        ids: dict[str, Question] = {}
+        for source in sources:
+            for record, where in corpus.labelled(source):
+                example = dataclasses.replace(self.unlabelled(record, where), answers=_answers(record, self.answers, self.context, where))
+                kept = found.setdefault((example.text, example.question), example)
+                if kept is example and ids.setdefault(example.id, example) is not example:
+                    raise UserError(f"{where}: the id '{example.id}' is that of another question, at {ids[example.id].where}; predictions go by it")
+        return list(found.values())
 
     def unlabelled(self, record: dict[str, Any], where: str) -> Question:
         """A record to predict."""

@@ -213,7 +213,8 @@ class Sentiment(FewLabels):
     def finish(self, backbone: Backbone, model: PreTrainedModel) -> Tokenizer:
         """Decoders are given no closing eos; a long text is cut on the side that the training cut."""
         side = "right" if self.keep == "start" else "left"
-        return backbone.tokenizer.for_inputs(backbone.length, side, closing=backbone.family != "decoder")
+        special = bool(backbone.tokenizer.vocab().special[backbone.tokenizer.template(self.cue)].any())
+        return backbone.tokenizer.for_inputs(backbone.length, side, closing=backbone.family != "decoder", special=special)
 
 
 def _class(record: dict[str, Any], column: str, where: str) -> str:
