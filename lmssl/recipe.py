@@ -209,9 +209,9 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     if first and not resume:  # by now nothing more is to be refused that could have been
         _remove([*_leavings(out), *out.glob("damaged-checkpoint-*")])
     point = trainer.resume_point(accept) if resume else None
-    if resume and point is None and (done := output.read_json(out / "metrics.json")):
+    if resume and point is None and (done := output.read_json(out / "metrics.json") or {}).get("steps"):
         raise UserError(
-            f"--resume: {out} is finished at step {done.get('steps')}, and its checkpoints are gone; model.from={out} in another folder continues it, --overwrite begins anew"
+            f"--resume: {out} is finished at step {done['steps']}, and its checkpoints are gone; model.from={out} in another folder continues it, --overwrite begins anew"
         )
     if point is None and models.init_of(recipe.model) == "text":
         beginnings.begin_from_text(trainer.model, trainer.train_dataset.tokens, trainer.args.seed)
