@@ -122,9 +122,14 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
             raise UserError(f"trainer.{name}: {value} must be below 2^32")
 
 
+def processes() -> int:
+    """Ranks of this run."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def global_batch(values: Mapping[str, Any]) -> int:
     """Items of one optimizer step over all ranks."""
-    return int(os.environ.get("WORLD_SIZE", 1)) * values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
+    return processes() * values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
 
 
 def with_steps(values: Mapping[str, Any], items: int) -> dict[str, Any]:

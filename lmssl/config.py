@@ -95,6 +95,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), sections
     return apply_overrides(recipe, overrides, sections)
 
 
+def of_folder(folder: str | Path) -> dict[str, Any]:
+    """The recipe.yaml that a run left in its folder; empty where there is none. `task` is among its sections where it was fine-tuned."""
+    path = Path(folder) / "recipe.yaml"
+    return (parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}) if path.is_file() else {}
+
+
 def apply_overrides(recipe: dict[str, dict[str, Any]], overrides: typing.Iterable[str], sections: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """`section.key=value` (nested: `section.key.sub=value`) laid over a recipe; the input is not changed. What `section.key=null` means, `set_keys` says."""
     recipe = {name: dict(section) for name, section in recipe.items()}

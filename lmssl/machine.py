@@ -38,6 +38,11 @@ def keep_memory(device: str) -> bool:
     return bool(mallopt and mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, -1))
 
 
+def device() -> str:
+    """Where a finished model is asked: the GPU where torch sees one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @functools.cache
 def native_bf16(device: str) -> bool:
     """Whether a kind of device ("cpu", "cuda", ...) multiplies bfloat16 in hardware.

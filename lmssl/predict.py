@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from lmssl import config
@@ -25,17 +24,13 @@ def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) 
     Raises:
         UserError: no checkpoint, no task named, another task than it was trained for.
     """
-    import torch
-
-    from lmssl import models
+    from lmssl import machine, models
     from lmssl.tasks import make_task
     from lmssl.tasks.base import Backbone
 
-    path = Path(checkpoint) / "recipe.yaml"
     models.read_config(checkpoint, "CHECKPOINT")
-    sections: dict[str, Any] = {}
-    if path.is_file():
-        sections = config.parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    sections = config.of_folder(checkpoint)
+    if sections:
         if "task" not in sections:
             raise UserError(f"{checkpoint}: is a pretrained backbone, not a fine-tuned model; lmssl finetune makes one")
         if task_name and task_name != sections["task"]["name"]:
@@ -51,7 +46,7 @@ def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) 
     new: frozenset[str] = getattr(model, "_lmssl_new", frozenset())
     if new:
         raise UserError(f"{checkpoint}: has no weights for {task.name} ({sorted(new)[0]} is missing); lmssl finetune makes a checkpoint that has")
-    return task, backbone, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return task, backbone, model.to(machine.device()).eval()
 
 
 def examples(task: Any, files: Sequence[str]) -> Iterator[Any]:

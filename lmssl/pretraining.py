@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from lmssl import machine, models
+from lmssl import arguments, machine, models
 from lmssl.data.stream import Collator, Stream
 from lmssl.data.tokens import TokenSet
 from lmssl.errors import Diverged, UserError, fitting
@@ -64,8 +63,7 @@ class PretrainTrainer(ExactTrainer):
             raise UserError("seq_length: this model has no fixed number of positions; say how many tokens a row has")
         self.seq_length, self.objective = length, objective
         self.start = getattr(model.config, "decoder_start_token_id", None)
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        batch = world * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        batch = arguments.processes() * args.per_device_train_batch_size * args.gradient_accumulation_steps
         stream = Stream(train_dataset, objective, length, args.seed, args.max_steps * batch, self.start)
         collator = Collator(objective, length, family, stream.vocab.pad)
         identity = train_dataset.identity | {"objective": section, "seed": args.seed, "batch": batch, "seq_length": length, "threads": torch.get_num_threads()}

@@ -259,8 +259,8 @@ def _check_free(out: Path, present: list[Path], source: str | None, overwrite: b
 
 def _check_kind(out: Path, section: str, overwrite: bool) -> None:
     """Refuse a folder that holds a run of the other kind: pretraining's recipe has an `objective`, fine-tuning's a `task`."""
-    path = out / "recipe.yaml"
-    if path.is_file() and not overwrite and section not in (config.parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}):
+    sections = config.of_folder(out)
+    if sections and not overwrite and section not in sections:
         held = "pretrained model" if section == "task" else "fine-tuned model"
         raise UserError(f"trainer.output_dir: {out} holds a {held}; name another folder (--overwrite removes it)")
 
@@ -471,18 +471,22 @@ def _pretraining_text(checkpoint: str) -> tuple[TokenSet, Tokenizer, str | None]
     Raises:
         UserError: its text is not known, not at hand, or no longer what it was.
     """
-    path = Path(checkpoint) / "recipe.yaml"
-    if not path.is_file():
+    if not (Path(checkpoint) / "recipe.yaml").is_file():
         raise UserError(f"{checkpoint} has no recipe.yaml, so its text is not known")
-    if "task" in (config.parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}):
+    if "task" in config.of_folder(checkpoint):
         raise UserError(f"{checkpoint} was fine-tuned, and what it has seen since its pretraining is not known")
-    sections = config.load(path, (), PRETRAIN)
+    sections = config.load(Path(checkpoint) / "recipe.yaml", (), PRETRAIN)
     try:
         tokenizer = tokenization.load(checkpoint)
         found = prepared(config.build(DataSection, sections["data"], "data"), tokenizer, quiet=True)
     except UserError as error:
         raise UserError(f"the pretraining text of {checkpoint} is not at hand: {error}") from None
-    then = (output.read_json(path.with_name("metrics.json")) or {}).get("data")
-    if then and then["data"] != found.identity["data"]:
+    if has_changed(checkpoint, found):
         raise UserError(f"the pretraining text of {checkpoint} has changed since")
     return found, tokenizer, sections["model"].get("from")
+
+
+def has_changed(checkpoint: str, found: TokenSet) -> bool:
+    """Whether the text that a checkpoint's recipe names is another than the one it was trained on, as far as its metrics.json knows."""
+    then = (output.read_json(Path(checkpoint) / "metrics.json") or {}).get("data")
+    return then is not None and then["data"] != found.identity["data"]

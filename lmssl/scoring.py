@@ -11,7 +11,7 @@ from lmssl.data import tokens
 from lmssl.data.stream import Stream
 from lmssl.errors import UserError
 from lmssl.objectives import make
-from lmssl.recipe import PRETRAIN, DataSection, prepared
+from lmssl.recipe import PRETRAIN, DataSection, has_changed, prepared
 
 
 def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     Returns:
         {"loss", "bits_per_byte"}.
     """
-    from lmssl import models
+    from lmssl import machine, models
     from lmssl.data.stream import Collator
     from lmssl.evaluation import held_out, result
 
@@ -42,18 +42,15 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     objective = make(sections["objective"]).held_out()
     models.check_family(checkpoint_config, objective, sections["objective"]["name"])
     tokenizer.check(objective, sections["objective"]["name"])
-    batch = sections["trainer"].get("per_device_eval_batch_size", 64)
-    if not isinstance(batch, int) or batch < 1:
-        raise UserError(f"trainer.per_device_eval_batch_size: {batch!r} must be a whole number above 0")
+    batch = _batch(sections["trainer"])
     token_set = prepared(data, tokenizer).held_out() if own_text else tokens.prepare(data.text, tokenizer, 0.0, on_bad_record=data.on_bad_record)
-    then = (output.read_json(folder / "metrics.json") or {}).get("data", {}).get("data")
-    if own_text and then and then != token_set.identity["data"]:
+    if own_text and has_changed(checkpoint, token_set):
         raise UserError(f"data.text: the text of {checkpoint} has changed since; what is held out of it now may have been trained on (other text: data.text=PATH)")
     start = getattr(checkpoint_config, "decoder_start_token_id", None)
     vocab = token_set.vocab(start)
     model = models.build({"from": checkpoint}, vocab, objective, data.seq_length, 0)
     _check_whole(model, checkpoint)
-    model = models.prepare(model).to(device())
+    model = models.prepare(model).to(machine.device())
     stream = Stream(token_set, objective, data.seq_length, seed=0, length=None, start=start)
     values = held_out(model, stream, Collator(objective, data.seq_length, family, vocab.pad), batch, model.device)
     if not values["labels"]:
@@ -83,7 +80,7 @@ def evaluate_task(checkpoint: str, overrides: typing.Sequence[str]) -> tuple[str
     sections = config.apply_overrides({"data": {}, "trainer": {}}, [item for item in overrides if item not in own], ("data", "trainer"))
     config.check_keys(sections["data"], ["test"], "data")
     config.check_keys(sections["trainer"], ["per_device_eval_batch_size"], "trainer")
-    files, batch = sections["data"].get("test"), sections["trainer"].get("per_device_eval_batch_size", 64)
+    files, batch = sections["data"].get("test"), _batch(sections["trainer"])
     if not isinstance(files, str | list) or not files:
         raise UserError(f"data.test: missing; {checkpoint} is a fine-tuned model, so name labelled files: data.test=FILE")
     task, backbone, model = predict.load(checkpoint, None, own)
@@ -107,15 +104,15 @@ def _check_whole(model: Any, checkpoint: str) -> None:
 
 def is_fine_tuned(checkpoint: str) -> bool:
     """Whether a checkpoint's recipe says that it was fine-tuned for a task."""
-    path = Path(checkpoint) / "recipe.yaml"
-    return path.is_file() and "task" in config.parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    return "task" in config.of_folder(checkpoint)
 
 
-def device() -> str:
-    """Where a model is scored."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _batch(trainer: dict[str, Any]) -> int:
+    """Rows or examples at a time."""
+    batch = trainer.get("per_device_eval_batch_size", 64)
+    if not isinstance(batch, int) or batch < 1:
+        raise UserError(f"trainer.per_device_eval_batch_size: {batch!r} must be a whole number above 0")
+    return batch
 
 
 def _note(folder: Path, key: str, value: dict[str, Any]) -> None:
@@ -134,7 +131,7 @@ def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    from lmssl import likelihood, models
+    from lmssl import likelihood, machine, models
     from lmssl.data import corpus
     from lmssl.tasks.base import Backbone
 
@@ -146,7 +143,7 @@ def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
     pairs = [(*(corpus.text_of(r, name, where, hint) for name in names), str(r.get("UID", "all"))) for r, where in records]
     if not pairs:
         raise UserError(f"--pairs: {path} holds no pair")
-    model = Backbone.load(checkpoint).build(models.AUTO[family], True, 0).to(device())
+    model = Backbone.load(checkpoint).build(models.AUTO[family], True, 0).to(machine.device())
     _check_whole(model, checkpoint)
     vocab = tokenizer.vocab(getattr(checkpoint_config, "decoder_start_token_id", None))
     begin = 1 if "bos" in tokenizer.roles else 0

@@ -7,11 +7,10 @@ import signal
 
 import pytest
 
-from lmssl import checkpoints
+from lmssl import arguments, checkpoints
 from lmssl.cli import run
 from lmssl.errors import Diverged, Interrupted, UserError
 from lmssl.recipe import FinetuneRecipe, finetune
-from lmssl.tasks import ledger
 from lmssl.tasks.curve import Curve
 from lmssl.trainer import ExactTrainer
 from tests.helpers import small_model, token_set
@@ -130,7 +129,7 @@ def test_what_is_resumed_before_any_run_is_finished_is_compared_too(sections, tm
 def test_the_number_of_processes_is_part_of_a_curve(sections, tmp_path, monkeypatch):
     """Each step takes as many examples more."""
     finetune(FinetuneRecipe.of(sections(tmp_path, seeds=1, learning_rates=[])), quiet=True)
-    monkeypatch.setattr(ledger, "_processes", lambda: 2)
+    monkeypatch.setattr(arguments, "processes", lambda: 2)
     with pytest.raises(UserError, match="processes changed: the finished runs have None, this recipe 2"):
         finetune(FinetuneRecipe.of(sections(tmp_path, learning_rates=[])), resume=True, quiet=True)
 

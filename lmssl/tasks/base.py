@@ -170,14 +170,11 @@ class Backbone:
                 model._weight_conversions = []  # or save_pretrained would rename them back, and from_pretrained not know them
         except ValueError as error:
             raise UserError(f"model.from: {config.model_type} has no {auto.__name__.removeprefix('AutoModel')} head in transformers: {str(error).splitlines()[0]}") from error
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error):
-                raise UserError(f"model.from: {self.source}: the weights cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-            raise UserError(
-                f"model.from: {self.source}: its weights are of other shapes than {auto.__name__.removeprefix('AutoModel')} has here, for example of a head for other classes"
-            ) from error
         except Exception as error:  # no weights, a pickle, a broken file: a type for each library in between
-            raise UserError(f"model.from: {self.source}: the weights cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+            why = f"the weights cannot be loaded: {str(error).strip().splitlines()[0]}"
+            if "ignore_mismatched_sizes" in str(error):
+                why = f"its weights are of other shapes than {auto.__name__.removeprefix('AutoModel')} has here, for example of a head for other classes"
+            raise UserError(f"model.from: {self.source}: {why}") from error
         model._lmssl_new = frozenset(info["missing_keys"])
         body = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
         if body and len(model._lmssl_new.intersection(body)) > len(body) // 2:

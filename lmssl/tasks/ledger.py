@@ -6,12 +6,11 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmssl import checkpoints, output
+from lmssl import arguments, checkpoints, output
 from lmssl.errors import UserError, written
 from lmssl.tasks.base import Backbone, Task
 
@@ -28,15 +27,10 @@ def identity_of(task: Task, backbone: Backbone, train: Sequence[Any], test: Sequ
     """What every run of a curve depends on, flat, under the names that a recipe has for it."""
     fields = {f"task.{k}": v for k, v in dataclasses.asdict(task).items() if k not in COUNTS}  # type: ignore[call-overload]
     fields |= {f"trainer.{k}": v for k, v in values.items() if not k.startswith(FREE)}
-    if _processes() > 1:
-        fields["processes"] = _processes()
+    if (processes := arguments.processes()) > 1:  # each step takes as many times the examples of one
+        fields["processes"] = processes
     fields |= {"data.train": _content(train), "data.test": _content(test), "data.max_length": backbone.length}
     return output.plain({"task": task.name, "model.from": _weights(backbone), **fields, "threads": threads, "inputs": INPUTS})
-
-
-def _processes() -> int:
-    """Each step takes as many times the examples of one."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _content(examples: Sequence[Any]) -> str:

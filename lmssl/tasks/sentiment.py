@@ -156,7 +156,7 @@ class Sentiment(FewLabels):
         eos = np.array([backbone.tokenizer.id("eos")], np.int32)
         cue = backbone.tokenizer.template(self.cue)
         # Behind a text the cue may be other tokens than alone; one with special tokens in it is divided there anyway.
-        joint = self.cue if self.cue and not backbone.tokenizer.vocab().special[cue].any() else ""
+        joint = "" if self._spelt(backbone) else self.cue
         end = np.concatenate([cue[:0] if joint else cue, eos[:0] if backbone.family == "decoder" else eos])
         numbers = {name: i for i, name in enumerate(backbone.classes)}
         seconds: list[Any] = [None] * len(examples)
@@ -174,6 +174,10 @@ class Sentiment(FewLabels):
             to_first = max(both - len(second), min(len(first), (both - within) // 2))
             rows.append(np.concatenate([begin, self._cut(first, to_first), eos, self._cut(second, both - min(len(first), to_first)), end]))
         return [[{"input_ids": row, "label": numbers.get(e.label, 0)}] for row, e in zip(rows, examples, strict=True)]
+
+    def _spelt(self, backbone: Backbone) -> bool:
+        """Whether special tokens stand in the cue."""
+        return bool(backbone.tokenizer.vocab().special[backbone.tokenizer.template(self.cue)].any())
 
     def _cut(self, ids: np.ndarray, room: int) -> np.ndarray:
         return ids[:room] if self.keep == "start" or room < 1 else ids[-room:]
@@ -213,8 +217,7 @@ class Sentiment(FewLabels):
     def finish(self, backbone: Backbone, model: PreTrainedModel) -> Tokenizer:
         """Decoders are given no closing eos; a long text is cut on the side that the training cut."""
         side = "right" if self.keep == "start" else "left"
-        special = bool(backbone.tokenizer.vocab().special[backbone.tokenizer.template(self.cue)].any())
-        return backbone.tokenizer.for_inputs(backbone.length, side, closing=backbone.family != "decoder", special=special)
+        return backbone.tokenizer.for_inputs(backbone.length, side, closing=backbone.family != "decoder", special=self._spelt(backbone))
 
 
 def _class(record: dict[str, Any], column: str, where: str) -> str:
