@@ -185,8 +185,15 @@ def hardware_defaults() -> dict[str, Any]:
     return {"bf16": native_bf16("cpu"), "use_cpu": True}
 
 
+def workers() -> int:
+    """Processes that make batches while a GPU trains: in the training process itself they would keep it waiting."""
+    return min(4, (os.cpu_count() or 1) // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def pretrain_defaults() -> dict[str, Any]:
     """What an unset trainer field is in pretraining; never the Trainer's own 5e-5."""
+    from lmssl.machine import device
+
     return {
         "optimizer": "muon",
         "batch": "given",
@@ -203,6 +210,7 @@ def pretrain_defaults() -> dict[str, Any]:
         "seed": 0,
         "report_to": "none",
         **hardware_defaults(),
+        **({"dataloader_num_workers": workers()} if device() == "cuda" else {}),
     }
 
 

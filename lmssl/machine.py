@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
+import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +41,18 @@ def keep_memory(device: str) -> bool:
     return bool(mallopt and mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, -1))
 
 
+def same_bits() -> None:
+    """Have this process add in a fixed order, so that two runs end with the same bits.
+
+    Compiled scatters on a CPU, and the backward pass of embeddings on a GPU, otherwise add in the order that threads arrive in.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch takes on a large GPU anyway; unset, it warns
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # Attention on a GPU keeps its own order, and says so: docs/recipes.md does too.
+    warnings.filterwarnings("ignore", ".*Attention defaults to a non-deterministic algorithm")
+
+
 def device() -> str:
     """Where a finished model is asked: the GPU where torch sees one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,6 +71,13 @@ def native_bf16(device: str) -> bool:
     return False
 
 
+def compiles(device: str) -> bool:
+    """Whether torch can generate code for a kind of device here: for a CPU it needs a C++ compiler, for a GPU Triton and a C compiler."""
+    if device == "cpu":
+        return shutil.which(os.environ.get("CXX", "g++")) is not None
+    return importlib.util.find_spec("triton") is not None and any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "clang"))
+
+
 @functools.cache
 def matmul_peak(device: str, dtype: torch.dtype, threads: int, seconds: float = 0.2) -> float:
     """FLOP/s of a square matrix product: the best of the repetitions that fit into some seconds.
@@ -70,7 +92,8 @@ def matmul_peak(device: str, dtype: torch.dtype, threads: int, seconds: float = 
     on_cpu = torch.device(device).type == "cpu"
     sizes = SIZES["cpu" if on_cpu else "other"]
     for size in sizes:
-        a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+        # Drawn at random: a GPU that multiplies equal numbers needs less power, and is faster than it ever is on a model's.
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         end = time.perf_counter() + seconds / len(sizes)
         for repeat in range(1000):
             begun = time.perf_counter()
@@ -93,11 +116,12 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any,
     return flop_counter.sdpa_backward_flop_count(grad, query, key, value)
 
 
-# torch 2.13 counts the fused attention of GPUs alone; removable once its registry knows the one of the CPU.
-_ATTENTION_ON_CPU: dict[Any, Any] = {
+# torch 2.13 counts the fused attention of GPUs alone; these are removable once its registry knows the one of the CPU.
+COUNTED: dict[Any, Any] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+"""Kernels whose FLOPs torch's counter does not know; lmssl.packing adds its own."""
 
 
 def step_flops(model: nn.Module, batch: Mapping[str, Tensor], loss: Any) -> int:
@@ -113,7 +137,7 @@ def step_flops(model: nn.Module, batch: Mapping[str, Tensor], loss: Any) -> int:
     inputs = dict(batch)
     labels = inputs.pop("labels")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with flop_counter.FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=COUNTED) as counter, torch.compiler.set_stance("force_eager"):
         torch.autograd.grad(loss(model(**inputs), labels), parameters, allow_unused=True)
     return counter.get_total_flops()
 

@@ -29,9 +29,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
+from lmssl import packing
 from lmssl.config import check_keys
 from lmssl.errors import UserError, did_you_mean
 from lmssl.objectives.base import Family, Objective, Unprojected, Vocab
+from lmssl.packing import additive, positions_within, same_document
 
 log = logging.getLogger("lmssl")
 
@@ -282,26 +284,6 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
 
 
-def same_document(queries: Tensor, keys: Tensor) -> Tensor:
-    """bool [B, 1, Lq, Lk]: query and key stand in the same document; a query without any key may see them all."""
-    allowed = queries[:, None, :, None] == keys[:, None, None, :]
-    # Decoder padding has no partner where the encoder row is full; a row of softmax with no entry would be NaN.
-    return allowed | ~allowed.any(-1, keepdim=True)
-
-
-def additive(allowed: Tensor) -> Tensor:
-    """0 where allowed, else the most negative number that float32 and bfloat16 both hold."""
-    return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, torch.finfo(torch.bfloat16).min)
-
-
-def positions_within(segments: Tensor) -> Tensor:
-    """int64 [B, L]: each token's position in its own document: 0 1 2 0 1 for segments 1 1 1 2 2."""
-    at = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    first = torch.ones_like(segments, dtype=torch.bool)
-    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return at - torch.where(first, at, 0).cummax(1).values
-
-
 class _Packed:
     """The two hooks of a prepared model. Pure tensor code: one graph under torch.compile, one forward under DDP."""
 
@@ -316,7 +298,7 @@ class _Packed:
 
     def before_model(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         self.at, self.skip_logits = kwargs.pop("label_positions", None), kwargs.pop("skip_logits", False)
-        segments = kwargs.pop("segments", None)
+        segments, borders = kwargs.pop("segments", None), kwargs.pop("borders", None)
         if segments is None:
             return args, kwargs
         if self.family == "encoder-decoder":
@@ -330,6 +312,7 @@ class _Packed:
             return args, kwargs
         if self.takes_positions:
             kwargs["position_ids"] = positions_within(segments) + self.offset
+        kwargs |= packing.handed_on(borders, segments.shape[1])
         if self.family == "decoder":
             # transformers reads the documents off the restarting positions, for every attention implementation.
             kwargs["use_cache"] = False
@@ -374,14 +357,14 @@ class _Head(nn.Linear):
 def head_for_loss(model: PreTrainedModel, vocab: Vocab, args: transformers.TrainingArguments) -> nn.Linear | None:
     """The vocabulary projection of a prepared model that the loss may do by itself: None where logits are more than that
     (scaled or bent afterwards), and where it would not work: of several ranks DDP takes what the model's own output does not
-    depend on for unused, float16 needs its gradients scaled first. Not measured on a GPU: not done there.
+    depend on for unused, float16 needs its gradients scaled first; other devices than CPUs and CUDA's were not tried.
 
     Args:
         vocab: of the tokenizer.
         args: of the run.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, _Head) or args.world_size > 1 or args.device.type != "cpu" or args.fp16:
+    if not isinstance(head, _Head) or args.world_size > 1 or args.fp16 or args.device.type not in ("cpu", "cuda"):
         return None
     ids = torch.from_numpy(vocab.ordinary[None, :2].astype(np.int64)).to(model.device)
     more = {"decoder_input_ids": ids} if family_of(model.config) == "encoder-decoder" else {}
@@ -405,7 +388,7 @@ def output_for_loss(model: nn.Module, head: nn.Linear | None, inputs: Mapping[st
 
 
 @torch.no_grad()
-def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int) -> None:
+def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int, kernel: bool = False) -> None:
     """Refuse an architecture in which documents packed into one row see each other: other tokens in the first of two
     documents must leave what is predicted in the second as it is.
 
@@ -413,6 +396,7 @@ def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int) -> Non
         model: prepared.
         vocab: of the tokenizer.
         seq_length: tokens that the model reads.
+        kernel: as of `prepare`; then it is asked in bfloat16.
 
     Raises:
         UserError: they see each other, or the architecture takes no mask of who may see whom.
@@ -425,8 +409,9 @@ def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int) -> Non
     ids[1, half:] = ids[0, half:]
     segments = torch.tensor([[1] * half + [2] * half] * 2, device=model.device)
     more = {"decoder_input_ids": ids, "decoder_segments": segments} if family_of(model.config) == "encoder-decoder" else {}
+    more |= {"borders": torch.arange(0, 4 * half + 1, half, dtype=torch.int32, device=model.device)} if kernel else {}
     try:
-        with evaluating(model):
+        with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=kernel):
             logits = model(input_ids=ids, segments=segments, **more).logits[:, half:].float()
     except Exception as error:
         raise UserError(f"model.architecture: '{kind}' cannot be told which tokens may see each other: {' '.join(str(error).split())[:200]}") from error
@@ -437,8 +422,12 @@ def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int) -> Non
         )
 
 
-def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Hook a model so that its call also takes `segments`, `decoder_segments`, `label_positions` and `skip_logits`; once is enough."""
+def prepare(model: PreTrainedModel, kernel: bool = False) -> PreTrainedModel:
+    """Hook a model so that its call also takes `segments`, `decoder_segments`, `label_positions` and `skip_logits`; once is enough.
+
+    Args:
+        kernel: batches may hold `borders` (`packing.most_documents`), and attention is to use them.
+    """
     if not hasattr(model, "_lmssl_packed"):
         packed = _Packed(model)
         head = model.get_output_embeddings()
@@ -449,4 +438,6 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
         if type(head) is nn.Linear:
             head.__class__, head.packed = _Head, packed  # type: ignore[assignment]
         model._lmssl_packed = packed
+    if kernel:
+        packing.use_kernel(model, model._lmssl_packed.family == "decoder")
     return model

@@ -39,6 +39,8 @@ class MuonAdamW(torch.optim.Optimizer):
             own = {"momentum": momentum, "nesterov": True, "ns_coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7, "ns_steps": 5, "adjust_lr_fn": "match_rms_adamw"}
             group |= own if group["muon"] else {"betas": betas, "eps": eps}
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
+        self.found_inf: Tensor | None = None
+        """A float32 scalar, 1 where a step is to leave everything as it is, without anybody waiting to see it: torch's own name for it."""
         self._link()
 
     def _link(self) -> None:
@@ -63,6 +65,7 @@ class MuonAdamW(torch.optim.Optimizer):
             if group["muon"]:
                 self._muon(group)
             else:
+                part.found_inf = self.found_inf  # type: ignore[attr-defined]
                 part.step()
         return loss
 
@@ -77,11 +80,23 @@ class MuonAdamW(torch.optim.Optimizer):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
             buffers = [self.state[p]["momentum_buffer"] for p in members]
+            kept: Any = 1.0
+            if self.found_inf is not None:
+                # A gradient that is its own momentum changes no momentum, and what comes of it is taken 0 times.
+                kept = 1 - self.found_inf
+                grads = [torch.where(self.found_inf > 0, buffer, grad) for buffer, grad in zip(buffers, grads, strict=True)]
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             updates = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))  # Nesterov's look ahead
             updates = orthogonalised(updates, group["ns_coefficients"], group["ns_steps"], group["eps"]).float()
-            torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
+            if self.found_inf is not None:
+                updates *= kept
+            torch._foreach_mul_(members, 1 - kept * (group["lr"] * group["weight_decay"]))
             torch._foreach_add_(members, updates.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+
+def leaves_out(optimizer: Any) -> bool:
+    """Whether an optimizer leaves a step out by itself where its `found_inf` is set."""
+    return isinstance(optimizer, MuonAdamW) or (isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults.get("fused")))
 
 
 def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

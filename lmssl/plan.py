@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
-from lmssl import arguments, machine, models, output, recipe
+from lmssl import arguments, machine, models, output, packing, recipe
 from lmssl.data.stream import Collator, Stream, count_tokens
 from lmssl.errors import UserError
 from lmssl.objectives.base import token_loss
@@ -272,15 +272,16 @@ def ladder(wanted: PretrainRecipe, minutes: float) -> Iterator[Rung]:
     token_set = recipe.prepared(wanted.data, tokenizer)
     length = wanted.data.seq_length
     stream = Stream(token_set, objective, length, args.seed, 10**9)
-    collator = Collator(objective, length, models.family_of(config), stream.vocab.pad)
+    family = models.family_of(config)
+    collator = Collator(objective, length, family, stream.vocab.pad, packing.most_documents(stream, family, args.device))
     rows = min(args.per_device_train_batch_size, 16)
     batch = {k: v.to(args.device) for k, v in collator([stream[i] for i in range(rows)]).items()}
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     peak = machine.matmul_peak(str(args.device), dtype, torch.get_num_threads())
-    unique, seen = stream.rows * count_tokens(batch) / rows, list[Rung]()
+    unique, seen = stream.rows * int(count_tokens(batch)) / rows, list[Rung]()
     for factor in STEPS_OF_THE_LADDER:
         section = scaled(wanted.model, config, factor)
-        model = models.prepare(models.build(section, stream.vocab, objective, length, args.seed))
+        model = models.prepare(models.build(section, stream.vocab, objective, length, args.seed), collator.most_documents is not None)
         inner = inner_parameters(model)
         try:
             with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
@@ -291,7 +292,7 @@ def ladder(wanted: PretrainRecipe, minutes: float) -> Iterator[Rung]:
             if not seen:
                 raise UserError(f"trainer.per_device_train_batch_size: not even the smallest model fits into memory with {rows} rows; take fewer or shorter rows") from None
             return
-        speed = count_tokens(batch) / seconds
+        speed = int(count_tokens(batch)) / seconds
         tokens = speed * minutes * 60
         seen.append(Rung(section, inner, speed, flops / seconds / peak, tokens, tokens / unique, expected_loss(inner, tokens, unique)))
         yield seen[-1]

@@ -7,8 +7,6 @@ a recipe says itself is never measured.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -76,14 +74,9 @@ def choose(values: Mapping[str, Any], args: TrainingArguments, model: PreTrained
             step = seconds.get(size) or _step(args, model, stream, collator, size, parts, 1)
             if step * steps > WORTH and size not in seconds:  # a first pass may only have been slow to start
                 step = _step(args, model, stream, collator, size, parts)
-        done["torch_compile"] = step * steps > WORTH and compiles(args)
+        done["torch_compile"] = step * steps > WORTH and machine.compiles(args.device.type)
         log.info("trainer.torch_compile: %s; %d steps would take %.0f s without", str(done["torch_compile"]).lower(), steps, step * steps)
     return broadcast_object_list([done])[0] if args.world_size > 1 else done
-
-
-def compiles(args: TrainingArguments) -> bool:
-    """Whether torch can generate code here: on a CPU it needs a C++ compiler."""
-    return args.device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def fastest(args: TrainingArguments, model: PreTrainedModel, stream: Stream, collator: Collator, rows: int) -> tuple[int, dict[int, float]]:
@@ -110,7 +103,7 @@ def fastest(args: TrainingArguments, model: PreTrainedModel, stream: Stream, col
 def _step(args: TrainingArguments, model: PreTrainedModel, stream: Stream, collator: Collator, size: int, parts: int, repeats: int = 3) -> float:
     """Seconds of the passes of a step of so many micro-batches, not compiled."""
     batch = {k: v.to(args.device) for k, v in collator([stream[i] for i in range(min(size, len(stream)))]).items()}
-    prepared = models.prepare(model.to(args.device))
+    prepared = models.prepare(model.to(args.device), collator.most_documents is not None)
     call = partial(models.output_for_loss, prepared, models.head_for_loss(prepared, stream.vocab, args))
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         return parts * machine.pass_seconds(prepared, batch, token_loss, call, repeats)

@@ -295,7 +295,7 @@ def assemble(recipe: PretrainRecipe, objective: Objective, tokenizer: Tokenizer,
         objective, tokenizer: of `check`.
         values: of `arguments.resolve`.
     """
-    from lmssl import models, probe
+    from lmssl import models, packing, probe
     from lmssl.pretraining import PretrainTrainer
 
     token_set = prepared(recipe.data, tokenizer, quiet=quiet)
@@ -303,7 +303,9 @@ def assemble(recipe: PretrainRecipe, objective: Objective, tokenizer: Tokenizer,
     args, length = arguments.build(values), recipe.data.seq_length
     stream = Stream(token_set, objective, length, args.seed, args.max_steps * arguments.global_batch(values), _start(recipe))
     model = models.build(recipe.model, stream.vocab, objective, length, args.seed)
-    values = probe.choose(values, args, model, stream, Collator(objective, length, models.family_of(model.config), stream.vocab.pad))
+    family = models.family_of(model.config)
+    collator = Collator(objective, length, family, stream.vocab.pad, packing.most_documents(stream, family, args.device))
+    values = probe.choose(values, args, model, stream, collator)
     args = arguments.build(values)
     return PretrainTrainer(model, objective, token_set, args, recipe.data.seq_length, quiet=quiet, **arguments.own(values)), values
 

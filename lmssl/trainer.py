@@ -86,22 +86,22 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             log.warning("%d GPUs are visible and one is used; all of them: torchrun --nproc-per-node %d -m lmssl ...", args.n_gpu, args.n_gpu)
             args._n_gpu = 1
         machine.keep_memory(args.device.type)
+        if args.device.type == "cuda" and args.dataloader_pin_memory:
+            args.accelerator_config.non_blocking = True  # a batch goes over while the GPU is at work
         with refused("trainer"):
             super().__init__(model, args, data_collator, train_dataset, eval_dataset, compute_loss_func=token_loss)  # type: ignore[arg-type]
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError(f"accelerate's configuration: FSDP and DeepSpeed are not supported: {WHOLE}; DDP is")
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.remove_callback(callback)
-        if args.torch_compile and args.device.type == "cpu":
-            # Compiled scatters otherwise add in the order that threads arrive in: no two runs end with the same bits.
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        if args.torch_compile or args.device.type == "cuda":
+            machine.same_bits()
         # Measured now: a resumed run gets its optimizer when it already has its trained weights.
         self._sizes = sizes_of(model) if optimizer == "muon" else {}
         self.optimizer_kind, self.identity, self.quiet = optimizer, {**(identity or {}), "model": models.description(model.config, model)}, quiet
         self.on_spike, self.worker_timeout = on_spike, worker_timeout
-        self.clock, self.tokens_seen, self.curve = Clock(), 0, list[dict[str, float]]()
-        self._tokens_before = 0  # counted by all ranks before this resume
+        self.clock, self.curve = Clock(), list[dict[str, float]]()
+        self._tokens, self._tokens_before = torch.zeros((), dtype=torch.int64, device=args.device), 0  # since this process began; of all ranks before
         self.flops, self.peak = 0.0, 0.0  # of an item, forward and backward; of the machine, a second
         self._stage: Path | None = None
         self._sealer = ThreadPoolExecutor(1, "lmssl-seal")
@@ -177,6 +177,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
                 self.train_dataset.length = end  # type: ignore[union-attr]
         try:
             result = super().train(resume_from_checkpoint=str(folder) if folder else None, **kwargs)
+            self.guard.look()
         except BaseException:
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 self._settle()
@@ -201,8 +202,13 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             stack.enter_context(torch.autocast(self.args.device.type, torch.bfloat16))
         return stack
 
+    @property
+    def tokens_seen(self) -> int:
+        """Of this process, and of all before it was resumed. Asking waits for a GPU to catch up."""
+        return self._tokens_before + int(self._tokens)
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        self.tokens_seen += self.count(inputs)
+        self._tokens += self.count(inputs).to(self._tokens.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.guard.losses.append(loss)
         return loss
@@ -224,9 +230,9 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             return None
         return self.flops * self.global_batch * steps / seconds / (self.peak * self.args.world_size)
 
-    def count(self, inputs: dict[str, Any]) -> int:
+    def count(self, inputs: dict[str, Any]) -> Tensor:
         """Non-padding input tokens of a micro-batch."""
-        return count_tokens(inputs) if "segments" in inputs else int(inputs["attention_mask"].sum())
+        return count_tokens(inputs) if "segments" in inputs else inputs["attention_mask"].sum()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0
@@ -238,6 +244,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.clock.paused("saving"):
+            self.guard.look()
             self._settle()
             self._stage = Path(self.args.output_dir) / f".staging-{self.state.global_step}"
             try:
@@ -320,8 +327,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         }
 
     def _total_tokens(self) -> int:
-        mine = self.tokens_seen - self._tokens_before
-        return self._tokens_before + int(self._sum(torch.tensor([float(mine)], dtype=torch.float64)).item())
+        return self._tokens_before + int(self._sum(torch.tensor([float(self._tokens)], dtype=torch.float64)).item())
 
     def _sum(self, value: Tensor) -> Tensor:
         """A float64 tensor summed over ranks."""
@@ -371,7 +377,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
                 checkpoints.set_aside(root, manifest["step"])
         self.accelerator.wait_for_everyone()
         self._known_good.add(path.name)
-        self.tokens_seen = self._tokens_before = manifest["tokens"]
+        self._tokens_before = manifest["tokens"]
         self.clock.training, self.clock.other, self.curve = manifest["seconds"], manifest["other_seconds"], manifest["curve"]
         self.guard.norms.extend(manifest["norms"])
         return path

@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lmssl.data.stream import mix
 from lmssl.errors import Diverged
+from lmssl.optimizers import leaves_out
 
 if TYPE_CHECKING:
     from lmssl.trainer import ExactTrainer
@@ -64,10 +65,15 @@ class Clock:
 
 
 class Guard(TrainerCallback):
-    """Seeds each step's dropout, stops at what is not finite, and turns signals into a save at the step's end."""
+    """Seeds each step's dropout, stops at what is not finite, and turns signals into a save at the step's end.
+
+    On a GPU nobody waits for a step's numbers: its own update is left out there where they are not finite, and they are looked at when
+    the next step's are on their way, before a checkpoint and at the end.
+    """
 
     def __init__(self, trainer: ExactTrainer):
         self.trainer, self.signum, self.losses = trainer, 0, list[Tensor]()
+        self._underway: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         self.norms: deque[float] = deque(maxlen=64)
         """Gradient norms of the last steps, before clipping."""
 
@@ -82,36 +88,63 @@ class Guard(TrainerCallback):
         # The norm before clipping: after it, one that overflowed has become zeros.
         norm = torch.as_tensor(self.trainer.gradient_norm, dtype=torch.float32)
         values = torch.stack([norm, *(loss.float().reshape(()).to(norm.device) for loss in self.losses)])
+        self.look()
+        optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
         # Under fp16 a gradient that overflows is how the loss scale finds its size: its scaler skips the update by itself.
         scaled = self.trainer.accelerator.scaler is not None
+        if self.trainer.on_spike == "stop" or scaled or args.world_size > 1 or not self._later(values) or not leaves_out(optimizer):
+            self._look_at(values.cpu(), state.global_step, scaled)
+            return
+        optimizer.found_inf = (~torch.isfinite(values)).any().float()  # type: ignore[attr-defined]
+        there = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        there.copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event() if values.is_cuda else None
+        if arrived is not None:
+            arrived.record()
+        self._underway = state.global_step, there, arrived
+
+    @staticmethod
+    def _later(values: Tensor) -> bool:
+        return values.is_cuda
+
+    def look(self) -> None:
+        """At the numbers of the last step, where they are still on their way from the GPU."""
+        if self._underway is not None:
+            (step, values, arrived), self._underway = self._underway, None
+            if arrived is not None:
+                arrived.synchronize()
+            self._look_at(values, step, False)
+
+    def _look_at(self, values: Tensor, step: int, scaled: bool) -> None:
+        """At the gradient norm and the losses of a step: stop before its update, or warn."""
         bad = (~torch.isfinite(values[1:] if scaled else values)).any().double().reshape(1)
-        if self.trainer._sum(bad.cpu()).item():
+        if self.trainer._sum(bad).item():
             what = "the loss" if not torch.isfinite(values[1:]).all() else "the gradient"
-            raise self.trainer.stopped(f"{what} of {self._step(state)} is not finite; no update was made; {self._replay(state)}", Diverged)
-        size = float(norm)
+            raise self.trainer.stopped(f"{what} of {self._step(step)} is not finite; no update was made; {self._replay(step)}", Diverged)
+        size = float(values[0])
         if not math.isfinite(size):
             return
         usual = statistics.median(self.norms) if len(self.norms) >= 16 else math.inf
         self.norms.append(size)
         if size > SPIKE * usual and self.trainer.on_spike != "ignore":
-            what = f"the gradient of {self._step(state)} is {size / usual:.0f} times the usual ({size:.3g} against {usual:.3g})"
+            what = f"the gradient of {self._step(step)} is {size / usual:.0f} times the usual ({size:.3g} against {usual:.3g})"
             if self.trainer.on_spike == "stop":
-                raise self.trainer.stopped(f"{what}; no update was made; {self._replay(state)}", Diverged)
-            log.warning("%s; %s", what, self._replay(state))
+                raise self.trainer.stopped(f"{what}; no update was made; {self._replay(step)}", Diverged)
+            log.warning("%s; %s", what, self._replay(step))
 
-    def _step(self, state: TrainerState) -> str:
-        items = self.trainer.items(state.global_step)
-        return f"step {state.global_step + 1} (items {items.start} to {items.stop - 1} of the stream)"
+    def _step(self, step: int) -> str:
+        items = self.trainer.items(step)
+        return f"step {step + 1} (items {items.start} to {items.stop - 1} of the stream)"
 
-    def _replay(self, state: TrainerState) -> str:
+    def _replay(self, step: int) -> str:
         if where := getattr(self.trainer.train_dataset, "where", None):
-            names = list(dict.fromkeys(where(i) for i in self.trainer.items(state.global_step)))
+            names = list(dict.fromkeys(where(i) for i in self.trainer.items(step)))
             return f"its examples: {', '.join(names[:16])}" + (f" and {len(names) - 16} more" if len(names) > 16 else "")
-        batch, items = self.trainer.global_batch, self.trainer.items(state.global_step)
+        batch, items = self.trainer.global_batch, self.trainer.items(step)
         show = f"its rows: lmssl show {Path(self.trainer.args.output_dir) / 'recipe.yaml'}"
-        if items.start != state.global_step * batch:  # the batch was another before
+        if items.start != step * batch:  # the batch was another before
             return f"{show} --at-item {items.start} --rows {batch}"
-        return f"{show} --at-step {state.global_step + 1}" + (f" --batch {batch}" if self.trainer.args.world_size > 1 else "")
+        return f"{show} --at-step {step + 1}" + (f" --batch {batch}" if self.trainer.args.world_size > 1 else "")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         signum = self.signum  # read once: a signal that comes while the ranks compare is seen by all of them a step later

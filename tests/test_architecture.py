@@ -18,6 +18,7 @@ FLOORS = {
     "byte_pairs": 0,
     "tokenization": 1,
     "data": 1,
+    "packing": 1,
     "models": 1,
     "checkpoints": 1,
     "optimizers": 1,
@@ -50,7 +51,19 @@ WITHIN = [
     ["tasks.base", "tasks.generation", "tasks.translation"],
 ]
 """Inside one floor: a later one may import the earlier."""
-BESIDE = {("data", "tokenization"), ("output", "machine"), ("evaluation", "data"), ("objectives", "config"), ("objectives", "errors"), ("cards", "report"), ("watch", "data")}
+BESIDE = {
+    ("data", "tokenization"),
+    ("output", "machine"),
+    ("evaluation", "data"),
+    ("objectives", "config"),
+    ("objectives", "errors"),
+    ("cards", "report"),
+    ("watch", "data"),
+    ("watch", "optimizers"),
+    ("objectives", "machine"),
+    ("packing", "data"),
+    ("models", "packing"),
+}
 """Imports between siblings that the design allows: tokens need a tokenizer, evaluation needs rows, dropout is keyed like them."""
 TOP = {"pyproject.toml", "README.md", "lmssl", "recipes", "tests", "tokenizer_assets", "docs", "LICENSE", "Makefile", "constraints.txt"}
 

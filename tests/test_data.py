@@ -5,6 +5,7 @@ import gzip
 import json
 import pickle
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pytest
 
 import lmssl
 from lmssl.data import corpus, formats, tokens
-from lmssl.data.stream import Stream, generator, permuted
+from lmssl.data.stream import Stream, borders, generator, permuted
 from lmssl.errors import UserError
 from lmssl.objectives import MaskedTokens, NextToken
 from tests.helpers import sentences, token_set, tokenizer
@@ -69,6 +70,22 @@ def test_tables_without_a_header(tmp_path):
     assert next(iter(corpus.records(corpus.resolve(f"{name}::#")[0]))) == ({"#1": "Hi.", "#2": "Hallo!"}, f"{name}:1")
     with pytest.raises(UserError, match=r"no column '#3'.*FILE::#"):
         list(corpus.documents(corpus.resolve(f"{name}::#3")))
+
+
+@pytest.mark.parametrize("length", [8, 32, 1000, 100_000])
+def test_the_most_documents_of_a_row_is_a_bound(length, shared_dir):
+    """Padding counts as one; where documents begin and end is what the segments say."""
+    made = token_set(shared_dir)
+    rows = np.stack([made.row(k, length, 0).segments for k in range(made.rows(length))])
+    counts = [len(np.unique(row)) for row in rows]
+    assert max(counts) <= made.most_documents(length) <= max(counts) + 2
+    found = borders(rows, made.most_documents(length))
+    assert len(found) == len(rows) * made.most_documents(length) + 1
+    assert (found[0], found[-1]) == (0, rows.size)
+    for begin, end in pairwise(found.tolist()):
+        assert begin == end or (len(np.unique(rows.reshape(-1)[begin:end])) == 1 and begin // length == (end - 1) // length)
+    assert len(set(found.tolist())) - 1 == sum(counts)
+    assert len(borders(rows, 1)) > rows.shape[0], "more than were promised: longer, not wrong"
 
 
 def test_a_list_of_records(tmp_path):

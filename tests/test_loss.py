@@ -15,17 +15,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lmssl
 from lmssl import models
 from lmssl.data.stream import Collator, Stream
+from lmssl.objectives import cross_entropy
 from lmssl.objectives.base import token_loss
-from lmssl.objectives.cross_entropy import CHUNK, FEWEST, PROJECTED, linear_cross_entropy, summed_cross_entropy
+from lmssl.objectives.cross_entropy import FEWEST, linear_cross_entropy, summed_cross_entropy
 from tests.helpers import OBJECTIVE, SMALL, apart, arguments, first_step, small_model, token_set
 from tests.one_step import SENTIMENT, save_backbones, sentiment_step
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 32
+CHUNK, PROJECTED = cross_entropy.CHUNK["cpu"], cross_entropy.PROJECTED["cpu"]
+
+
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def way(request, monkeypatch):
+    """The arithmetic of a CPU, and that which a GPU compiles, not compiled."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(cross_entropy, "_fused", lambda tensor: True)
+        monkeypatch.setattr(cross_entropy, "_compiled", lambda function: function)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy_equals_torch(dtype):
+def test_cross_entropy_equals_torch(dtype, way):
     torch.manual_seed(0)
     columns = 4099
     logits = torch.randn(2 * CHUNK // columns + 3, columns).to(dtype).requires_grad_()
@@ -58,7 +68,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_cross_entropy_equals_torch(dtype, bias):
+def test_linear_cross_entropy_equals_torch(dtype, bias, way):
     """Loss and all gradients, with labels that ask nothing, over more rows than go at a time; and no logits of all rows anywhere."""
     torch.manual_seed(0)
     columns = PROJECTED // FEWEST + 1
@@ -82,6 +92,16 @@ def test_linear_cross_entropy_equals_torch(dtype, bias):
     assert held < whole / 2
     with torch.no_grad():
         assert linear_cross_entropy(values[0], values[1], None, labels).item() > 0
+
+
+def test_parts_of_a_projection_on_a_gpu_are_alike():
+    """Where the number of rows allows it, since each other shape is compiled anew; never more logits than the bound."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for rows, columns in [(16_384, 50_257), (8_192, 8_192), (5_000, 50_257), (7_919, 131_072), (1, 100), (3, 10**9)]:
+        size = cross_entropy._rows_at_a_time(rows, columns, gpu)
+        assert size <= max(FEWEST, cross_entropy.PROJECTED["cuda"] // columns)
+        assert rows % size == 0 or rows == 7_919, "a prime number of rows has no equal parts"
+        assert cross_entropy._rows_at_a_time(rows, columns, cpu) == min(rows, max(FEWEST, PROJECTED // columns))
 
 
 @pytest.mark.parametrize("architecture", SMALL)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lmssl
-from lmssl import machine
+from lmssl import machine, packing
 from lmssl.objectives import NextToken
 from lmssl.objectives.base import token_loss
 from tests.helpers import arguments, small_model, token_set
@@ -49,6 +49,16 @@ def test_flops_of_attention_are_counted_on_the_cpu():
     assert machine.step_flops(Attention(), batch, token_loss) == (2 + 5) * 2 * (2 * 3) * 8 * 8 * 4
 
 
+def test_flops_of_documents_are_the_closed_formula():
+    """Each document for itself, half of it where a token sees only what stands before it; as the kernel's own arguments stand."""
+    query, starts = torch.randn(10, 2, 8), torch.tensor([0, 4, 10, 10, 10], dtype=torch.int32)
+    for causal in (False, True):
+        forward = packing._forward_flops(query, query, query, starts, starts, 6, 6, causal, None, [-1, -1], out_val=None)
+        backward = packing._backward_flops(query, query, query, query, query, query[:, :, 0], starts, starts, 6, 6, causal, starts, None, None, out_val=None)
+        assert forward == 2 * 2 * 2 * 8 * (16 + 36) // (2 if causal else 1)
+        assert backward == forward * 5 // 2
+
+
 def test_a_rows_flops_are_linear_in_rows_and_leave_no_gradient(shared_dir, tmp_path):
     tokens = token_set(shared_dir)
     trainer = lmssl.PretrainTrainer(small_model("llama", tokens.vocab()), NextToken(), tokens, arguments(tmp_path), 32, quiet=True)
@@ -70,7 +80,7 @@ def test_peak_share(shared_dir, tmp_path):
 
 FAULTS = """
 import resource, sys, torch
-from lmssl import machine
+from lmssl import machine, packing
 kept = machine.keep_memory('cpu') if sys.argv[1] == "keep" else False
 def touch():
     torch.empty(2**24).fill_(1.0)

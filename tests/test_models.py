@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from transformers import AutoConfig
 
 import lmssl
-from lmssl import models
+from lmssl import models, packing
+from lmssl.data.stream import borders
 from lmssl.errors import UserError
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
 from lmssl.objectives.toy import vocab
@@ -42,6 +45,60 @@ def test_no_document_sees_another(architecture, implementation):
         moved = (logits(*changed) - base).abs().amax(-1)
         assert moved[~changed_document].max() <= 1e-6
         assert moved[changed_document].max() > 1e-4, "the test sees what it changes"
+
+
+@pytest.mark.parametrize("architecture", [name for name in SMALL if name not in ("t5", "bart")])
+def test_the_kernel_of_a_gpu_is_given_each_document(architecture, monkeypatch):
+    """With a kernel written out in its place: where documents begin reaches every layer, and the logits are the mask's."""
+    calls = []
+
+    def varlen_attn(query, key, value, starts, ends, longest, longest_key, *, scale, window_size):
+        calls.append(starts)
+        assert starts is ends
+        assert (longest, longest_key) == (20, 20)
+        parts = [[t[a:b].transpose(0, 1)[None] for t in (query, key, value)] for a, b in pairwise(starts.tolist()) if a < b]
+        return torch.cat([F.scaled_dot_product_attention(*part, scale=scale, is_causal=window_size == (-1, 0))[0].transpose(0, 1) for part in parts])
+
+    monkeypatch.setattr(packing, "varlen_attn", varlen_attn)
+    model = models.prepare(small_model(architecture, VOCAB, 32, attn_implementation="sdpa"), True).eval()
+    assert model.config._attn_implementation == (packing.BEFORE if architecture in ("gpt2", "llama") else packing.BOTH)
+    segments = torch.tensor([[1] * 7 + [2] * 8 + [3] * 3 + [0] * 2, [1] * 10 + [2] * 10])
+    ids = torch.randint(5, 50, (2, 20), generator=torch.Generator().manual_seed(0))
+    starts = torch.from_numpy(borders(segments.numpy(), 5))
+    assert starts.tolist() == [0, 7, 15, 18, 20, 30, 40, 40, 40, 40, 40]
+
+    def logits(**keys):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return model(input_ids=ids, segments=segments, **keys).logits.float()
+
+    found, masked = logits(borders=starts), logits()
+    layers = SMALL[architecture].get("num_hidden_layers", 2)
+    # ModernBERT looks through a window in two layers of three: those take the mask.
+    assert len(calls) == (2 if architecture == "modernbert" else layers)
+    assert (found - masked).norm() / masked.norm() < 2e-2
+    models.check_isolated(model, VOCAB, 20)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids, segments=segments, borders=starts).logits, model(input_ids=ids, segments=segments).logits), "float32 takes the mask"
+
+
+def test_what_the_kernel_cannot_do_takes_the_mask(monkeypatch):
+    """Dropout, float32, windows, widths that it has no code for."""
+    monkeypatch.setattr(packing, "varlen_attn", None)
+    layer = torch.nn.Identity()
+    starts = torch.tensor([0, 4, 8], dtype=torch.int32)
+    for autocast, width, keys in [
+        (False, 16, {}),
+        (True, 16, {"dropout": 0.1}),
+        (True, 12, {}),
+        (True, 264, {}),
+        (True, 16, {"sliding_window": 4}),
+    ]:
+        query = torch.randn(1, 2, 8, width)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out, _ = packing.attend(layer, query, query, query, torch.zeros(1, 1, 8, 8), causal=True, cu_seq_lens_q=starts, max_length_q=8, **keys)
+        assert out.shape == (1, 8, 2, width)
+    with pytest.raises(TypeError), torch.autocast("cpu", torch.bfloat16):
+        packing.attend(layer, *[torch.randn(1, 2, 8, 16)] * 3, None, causal=True, cu_seq_lens_q=starts, max_length_q=8)
 
 
 SEEING = {

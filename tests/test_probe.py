@@ -74,6 +74,7 @@ def test_compiled_where_it_pays(seconds, compiler, compiled, sections, speeds, m
     from lmssl import recipe
 
     monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("CC", compiler)
     speeds[0][16] = seconds / 16
     objective, tokenizer = recipe.check(wanted := PretrainRecipe.of(sections))
     values = recipe.arguments.resolve(wanted.trainer, recipe.arguments.pretrain_defaults())

@@ -20,8 +20,8 @@ from lmssl.evaluation import held_out
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
 from lmssl.optimizers import MuonAdamW, muon_groups, orthogonalised, sizes_of
 from lmssl.recipe import PretrainRecipe, pretrain
-from lmssl.watch import of_the_data
-from tests.helpers import OBJECTIVE, SMALL, arguments, small_model, token_set
+from lmssl.watch import Guard, of_the_data
+from tests.helpers import OBJECTIVE, SMALL, apart, arguments, small_model, token_set
 
 LENGTH = 32
 
@@ -254,10 +254,14 @@ def test_a_longer_run_goes_on_at_the_rate_of_its_own_schedule(shared_dir, tmp_pa
     assert rates == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("later", "max_steps", "save_steps"), [(False, 5, 1), (True, 5, 1), (True, 5, 2), (True, 3, 2)])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_nan_stops_before_the_update(where, shared_dir, tmp_path):
+def test_nan_stops_before_the_update(where, later, max_steps, save_steps, optimizer, shared_dir, tmp_path, monkeypatch):
+    """At once, or, as on a GPU, a step later, before a checkpoint, or at the end: the update is not made."""
     tokens = token_set(shared_dir)
-    trainer = trainer_of("bert", tokens, tmp_path, max_steps=5, save_strategy="steps", save_steps=1)
+    monkeypatch.setattr(Guard, "_later", staticmethod(lambda values: later))
+    trainer = trainer_of("bert", tokens, tmp_path, optimizer, max_steps=max_steps, save_strategy="steps", save_steps=save_steps)
     seen = {}
 
     def spoil(control):
@@ -274,6 +278,19 @@ def test_nan_stops_before_the_update(where, shared_dir, tmp_path):
     assert caught.value.exit_code == 3
     assert all(torch.equal(a, b) for a, b in zip(seen["before"].values(), weights(trainer).values()))
     checkpoints.verify(tmp_path / "checkpoint-2")
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_finite_run_is_the_same_whether_its_numbers_are_waited_for(optimizer, shared_dir, tmp_path, monkeypatch):
+    tokens, runs = token_set(shared_dir), []
+    for later in (False, True):
+        monkeypatch.setattr(Guard, "_later", staticmethod(lambda values, later=later: later))
+        runs.append(trainer_of("bert", tokens, tmp_path / str(later), optimizer, max_steps=4))
+        runs[-1].run()
+    for a, b in zip(*(weights(run).values() for run in runs)):
+        assert apart(b.double(), a.double()) < 1e-7  # weight decay is rounded once more
+    assert list(runs[0].guard.norms) == pytest.approx(list(runs[1].guard.norms), rel=1e-5)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

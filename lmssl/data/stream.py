@@ -78,6 +78,10 @@ class Stream:
     def __len__(self) -> int:
         return self.length
 
+    def most_documents(self) -> int:
+        """Documents in a row, at most, padding counted as one."""
+        return self.tokens.most_documents(self.row_length)
+
     def index(self, i: int) -> tuple[int, int]:
         """Epoch and row of item i."""
         epoch, k = divmod(i, self.rows)
@@ -100,13 +104,20 @@ class Collator:
 
     * `labels` int64 [K]: the labelled tokens, padded with -100 to a fixed K;
     * `label_positions` int64 [K]: the flat position whose logits predict each, so that the vocabulary is projected
-      nowhere else. For decoders that is the position before.
+      nowhere else. For decoders that is the position before;
+    * `borders` int32 [N + 1], where `most_documents` is given: where each document begins, rows laid end to end, and where the
+      last one ends, again and again up to a length that batches share, as compilation wants it.
+
+    Args:
+        objective, seq_length, family: of the run.
+        pad: the id.
+        most_documents: in a row, padding counted as one; an objective that makes more of them gets longer `borders`.
     """
 
-    def __init__(self, objective: Objective, seq_length: int, family: Family, pad: int):
+    def __init__(self, objective: Objective, seq_length: int, family: Family, pad: int, most_documents: int | None = None):
         self.lengths = objective.lengths(seq_length)
         self.most_labels = objective.most_labels(seq_length)
-        self.family, self.pad = family, pad
+        self.family, self.pad, self.most_documents = family, pad, most_documents
 
     def __call__(self, items: list[Arrays]) -> dict[str, torch.Tensor]:
         import torch
@@ -133,7 +144,23 @@ class Collator:
         positions[: len(at)] = at - 1 if self.family == "decoder" else at
         targets[: len(at)] = labels.reshape(-1)[at]
         arrays |= {"labels": targets, "label_positions": positions}
+        if self.most_documents is not None:
+            arrays["borders"] = borders(arrays["segments"], self.most_documents)
         return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+
+
+def borders(segments: np.ndarray, most: int) -> np.ndarray:
+    """Of [B, L] segments, as `Collator` says.
+
+    >>> borders(np.array([[1, 1, 2], [1, 0, 0]]), 3).tolist()
+    [0, 2, 3, 4, 6, 6, 6]
+    """
+    first = np.ones(segments.shape, bool)
+    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    found, room = np.flatnonzero(first), len(segments) * most
+    while room < len(found):
+        room *= 2
+    return np.concatenate([found, np.full(room + 1 - len(found), segments.size)]).astype(np.int32)
 
 
 class Onwards:
@@ -154,6 +181,8 @@ class Onwards:
         return self.length
 
 
-def count_tokens(batch: dict[str, Any]) -> int:
-    """Non-padding input tokens of a batch, encoder and decoder."""
-    return sum(int((batch[name] != 0).sum()) for name in ("segments", "decoder_segments") if name in batch)
+def count_tokens(batch: dict[str, Any]) -> torch.Tensor:
+    """Non-padding input tokens of a batch, encoder and decoder: a number on the batch's device, which need not be waited for."""
+    import torch
+
+    return torch.stack([(batch[name] != 0).sum() for name in ("segments", "decoder_segments") if name in batch]).sum()

@@ -354,6 +354,11 @@ class TokenSet:
         """Number of rows of `length` tokens; the last may be shorter."""
         return -(-self.tokens // length)
 
+    def most_documents(self, length: int) -> int:
+        """Documents in a row of `length` tokens, at most, those that the row cuts and padding behind the last included."""
+        begun = np.bincount(self._starts // length) if len(self._starts) else np.zeros(1, int)
+        return int(begun.max()) + 2  # one goes on from the row before; padding counts as one
+
     def row(self, k: int, length: int, pad: int) -> Row:
         """Row k: tokens [k * length, (k + 1) * length) of the documents laid end to end, padded behind the last."""
         begin, end = k * length, min((k + 1) * length, self.tokens)

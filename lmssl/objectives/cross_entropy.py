@@ -1,26 +1,68 @@
-"""Summed cross-entropy that never holds a float32 copy of the logits, or, where it projects to them itself, no logits at all."""
+"""Summed cross-entropy that never holds a float32 copy of the logits, or, where it projects to them itself, no logits at all.
+
+On a CPU the arithmetic goes through the logits in parts that its caches hold. On a GPU two kernels that torch compiles do it, each of
+which reads the logits once or twice and keeps what is between in registers; where torch cannot compile, larger parts.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lmssl import machine
 from lmssl.objectives.base import IGNORE
 
-CHUNK = 2**20
-"""Logits worked on in float32 at a time: 4 MiB, which the caches of a few cores hold."""
-PROJECTED, FEWEST = 2**22, 128
-"""Logits projected at a time: 8 MiB in bfloat16; but FEWEST rows at least, fewer make poor matrix products."""
+CHUNK = {"cpu": 2**20, "cuda": 2**26}
+"""Logits worked on in float32 at a time: on a CPU 4 MiB, which the caches of a few cores hold."""
+PROJECTED, FEWEST = {"cpu": 2**22, "cuda": 2**28}, 128
+"""Logits projected at a time, on a CPU 8 MiB in bfloat16; but FEWEST rows at least, fewer make poor matrix products."""
+ALIGNED = {"cpu": 1, "cuda": 64}
+"""Columns that logits are filled up to a multiple of: a GPU multiplies matrices of odd sizes at a third of its speed."""
 LOG2E = 1 / math.log(2)
 """Exponentials are taken to base 2: on a CPU torch's `exp2` takes a third of the time of its `exp`, for the same digits."""
 
 
-def _chunk_rows(columns: int) -> int:
-    """Rows of so many logits that are worked on at a time."""
-    return max(1, CHUNK // columns)
+def _chunk_rows(logits: Tensor) -> int:
+    """Rows of logits that are worked on at a time."""
+    return max(1, CHUNK["cpu" if logits.device.type == "cpu" else "cuda"] // logits.shape[-1])
+
+
+def _log_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [N, 1] twice: the log probability of each target, and the logarithm of what its row is divided by."""
+    wide = logits.float()
+    norm = wide.logsumexp(-1, keepdim=True)
+    return wide.gather(-1, targets) - norm, norm
+
+
+def _slopes(logits: Tensor, norm: Tensor, targets: Tensor, factors: Tensor) -> Tensor:
+    """[N, V] factor * (softmax - onehot), in the type of the logits."""
+    onehot = torch.arange(logits.shape[-1], device=logits.device) == targets
+    return (((logits.float() - norm).exp() - onehot.float()) * factors).to(logits.dtype)
+
+
+def _to_slopes(logits: Tensor, targets: Tensor, factors: Tensor, into: Tensor) -> None:
+    """As `_to_gradients`, in one go."""
+    found, norm = _log_probabilities(logits, targets)
+    into.copy_(found)
+    logits.copy_(_slopes(logits, norm, targets, factors))
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+_compiles = functools.cache(machine.compiles)
+
+
+def _fused(tensor: Tensor) -> bool:
+    """Whether the arithmetic is left to kernels that torch compiles."""
+    return tensor.is_cuda and _compiles("cuda")
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -32,9 +74,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        rows = _chunk_rows(logits.shape[-1])
         asked = labels != IGNORE
         at = labels.clamp(min=0).unsqueeze(-1)
+        if _fused(logits):
+            found, norm = _compiled(_log_probabilities)(logits, at)
+            ctx.save_for_backward(logits, labels, norm)
+            return torch.where(asked, -found.squeeze(-1), 0.0).sum()
+        rows = _chunk_rows(logits)
         # One fused kernel a chunk; what it finds for the label gives the normaliser back.
         found = torch.cat([part.log_softmax(-1, dtype=torch.float32).gather(-1, target) for part, target in zip(logits.split(rows), at.split(rows), strict=True)])
         ctx.save_for_backward(logits, labels, logits.gather(-1, at).float() - found)
@@ -43,8 +89,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         logits, labels, normaliser = ctx.saved_tensors
-        rows = _chunk_rows(logits.shape[-1])
+        rows = _chunk_rows(logits)
         scale = torch.where(labels != IGNORE, grads[0], 0.0).float().unsqueeze(-1)
+        if _fused(logits):
+            return _compiled(_slopes)(logits, normaliser, labels.clamp(min=0).unsqueeze(-1), scale), None
         out = torch.empty_like(logits)
         parts = zip(logits.split(rows), labels.clamp(min=0).unsqueeze(-1).split(rows), normaliser.split(rows), scale.split(rows), out.split(rows), strict=True)
         for part, at, norm, factor, into in parts:
@@ -74,7 +122,7 @@ def _to_gradients(logits: Tensor, targets: Tensor, factors: Tensor, into: Tensor
     Args:
         wide: float32 [R, V], room to work in on R rows at a time; None where the logits are float32.
     """
-    rows = _chunk_rows(logits.shape[-1]) if wide is None else len(wide)
+    rows = _chunk_rows(logits) if wide is None else len(wide)
     for part, target, factor, found in zip(*(t.split(rows) for t in (logits, targets, factors, into)), strict=True):
         slope = part if wide is None else wide[: len(part)].copy_(part)
         slope.sub_(slope.amax(-1, keepdim=True)).mul_(LOG2E)  # in this order: what is large is gone before anything is rounded
@@ -86,6 +134,21 @@ def _to_gradients(logits: Tensor, targets: Tensor, factors: Tensor, into: Tensor
             part.copy_(slope)
 
 
+def _filled_up(weight: Tensor, multiple: int) -> Tensor:
+    """A matrix with rows of zeros behind the last, up to a multiple of so many."""
+    missing = -len(weight) % multiple
+    return torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight
+
+
+def _rows_at_a_time(rows: int, columns: int, device: torch.device) -> int:
+    """Rows projected at a time; on a GPU all parts alike where that can be had, since each other shape is compiled anew."""
+    most = max(FEWEST, PROJECTED["cpu" if device.type == "cpu" else "cuda"] // columns)
+    parts = max(1, -(-rows // most))
+    if device.type != "cpu":
+        parts = next((n for n in range(parts, 2 * parts) if rows % n == 0), parts)
+    return -(-rows // parts) if device.type != "cpu" else min(rows, most)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Forward projects some rows, takes their loss and its gradient, and forgets their logits; backward scales the gradients.
 
@@ -95,28 +158,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            x, w, b = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            x, b = hidden.to(dtype), None if bias is None else bias.to(dtype)
+            columns, fused = len(weight), _fused(x)
+            w = _filled_up(weight.to(dtype), ALIGNED["cuda" if x.is_cuda else "cpu"])
             at, asked = labels.clamp(min=0).unsqueeze(-1), (labels != IGNORE).float().unsqueeze(-1)
-            rows = min(len(x), max(FEWEST, PROJECTED // len(w)))
+            rows = _rows_at_a_time(len(x), columns, x.device)
             # Blocks that every part uses again: freed and asked for again, those of this size would leave holes in the heap.
             block = torch.empty(rows, len(w), dtype=dtype, device=x.device)
-            wide = None if dtype == torch.float32 else torch.empty(min(rows, _chunk_rows(len(w))), len(w), device=x.device)
-            product = None if dtype == weight.dtype else torch.empty_like(w)
+            wide = None if fused or dtype == torch.float32 else torch.empty(min(rows, _chunk_rows(block)), columns, device=x.device)
+            product = None if dtype == weight.dtype and len(w) == columns else torch.empty_like(w)
             to_hidden, to_weight, to_bias = torch.empty_like(x), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
             found = torch.empty_like(asked)
             for part, target, factor, into, loss in zip(*(t.split(rows) for t in (x, at, asked, to_hidden, found)), strict=True):
-                logits = block[: len(part)]
-                torch.mm(part, w.mT, out=logits)
+                filled = block[: len(part)]
+                logits = filled[:, :columns]  # what is beyond is 0, and stands against rows of zeros
+                torch.mm(part, w.mT, out=filled)
                 if b is not None:
                     logits += b
-                _to_gradients(logits, target, factor, loss, wide)
+                if fused:
+                    _compiled(_to_slopes)(logits, target, factor, loss)
+                else:
+                    _to_gradients(logits, target, factor, loss, wide)
                 if to_bias is not None:
                     to_bias += logits.sum(0, dtype=torch.float32)
-                torch.mm(logits, w, out=into)
+                torch.mm(filled, w, out=into)
                 if product is None:
                     to_weight.addmm_(logits.mT, part)
                 else:
-                    to_weight += torch.mm(logits.mT, part, out=product)
+                    to_weight += torch.mm(filled.mT, part, out=product)[:columns]
             ctx.save_for_backward(to_hidden, to_weight, to_bias)
             return torch.where(asked > 0, -found, 0.0).sum()
 
