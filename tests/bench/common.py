@@ -6,6 +6,8 @@ fp32 and not compiled, AdamW with linear decay; for T5, of which transformers ha
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -62,8 +64,15 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "masked": {"architecture": "bert", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6, "num_attention_heads": 12},
         "span_corruption": {"architecture": "t5", "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 4, "num_heads": 12, "feed_forward_proj": "gated-gelu"},
     },
+    "base": {
+        "next_token": {"architecture": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        "masked": {"architecture": "bert", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+        "span_corruption": {"architecture": "t5", "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "feed_forward_proj": "relu"},
+    },
 }
-"""Both sides take the same AutoConfig; `middle` has 10M parameters or more beside its embeddings."""
+"""Both sides take the same AutoConfig; `middle` has 10M parameters or more beside its embeddings, `base` is GPT-2 124M, BERT base and T5 base."""
+IDS = {"base": {"next_token": 50_257, "masked": 30_522, "span_corruption": 32_128}}
+"""Rows of the embeddings, where they are not the tokenizer's: those of the published models."""
 DROPOUT = {"masked": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "span_corruption": {"dropout_rate": 0.0}, "next_token": {}}
 """Off on both sides: at one epoch or less it only costs."""
 
@@ -97,7 +106,9 @@ def model_of(kind: str, shape: str, tokens: Any, length: int, seed: int = 0, **k
     """A model of a shape with every id taken from the tokenizer: both sides start from the same weights."""
     from lmssl import models
 
-    return models.build(SHAPES[shape][kind] | DROPOUT[kind] | keys, tokens.vocab(), objective_of(kind), length, seed)
+    vocab = tokens.vocab()
+    vocab = dataclasses.replace(vocab, size=IDS.get(shape, {}).get(kind, vocab.size))
+    return models.build(SHAPES[shape][kind] | DROPOUT[kind] | keys, vocab, objective_of(kind), length, seed)
 
 
 def grouped(documents: Iterator[str], length: int, processes: int = 1) -> tuple[Any, Any]:
@@ -152,22 +163,36 @@ def stock(
         held_out: fraction of the documents, by content hash, that it must not see.
         callbacks: of the Trainer; unset: `turns` itself.
     """
+    import torch
     import transformers
 
+    from lmssl import machine
     from lmssl.data.tokens import TokenSet, below, content_hash
 
     transformers.set_seed(seed)
+    gpu = torch.cuda.is_available()
     # The attention that transformers chooses by itself; lmssl's choice for short rows is one of the things compared.
     model = model_of(kind, shape, TokenSet(folder), length, seed, init="default", attn_implementation="sdpa")
     data, tokenizer = grouped((t for t in texts(source, most) if content_hash(t) >= below(held_out)), length, os.cpu_count() or 1)
     turns.facts = {"tokens": rows * length, "parameters": sum(p.numel() for p in model.parameters())}
+    if gpu:
+        turns.facts["flops"] = _flops(model.cuda(), kind, data, tokenizer) * rows
     if kind == "span_corruption":
-        _t5_loop(turns, model, data, tokenizer, rows, steps, rate, seed)
+        _t5_loop(turns, model, Spans(data, tokenizer, steps * rows, seed), rows, steps, rate, gpu, 4 if gpu else 0)
     else:
+        # On a GPU with the flags that a user of transformers would find for it.
+        best = {
+            "bf16": machine.native_bf16("cuda"),
+            "tf32": True,
+            "torch_compile": True,
+            "optim": "adamw_torch_fused",
+            "dataloader_num_workers": 4,
+            "logging_nan_inf_filter": False,
+        }
         args = transformers.TrainingArguments(
             str(Path(folder).parent / f"stock-{kind}"), max_steps=steps, per_device_train_batch_size=rows, learning_rate=rate, seed=seed, lr_scheduler_type="linear",
             warmup_steps=steps // 20,
-            weight_decay=0.01, logging_steps=max(1, steps // 20), save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+            weight_decay=0.01, logging_steps=max(1, steps // 20), save_strategy="no", report_to="none", disable_tqdm=True, **(best if gpu else {"use_cpu": True}),
         )  # fmt: skip
         collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=kind == "masked", mlm_probability=0.15)
         trainer = transformers.Trainer(model, args, collator, data, callbacks=list(callbacks or [turns]))
@@ -177,23 +202,67 @@ def stock(
         model.save_pretrained(keep)
 
 
-def _t5_loop(turns: Any, model: Any, data: Any, tokenizer: Any, rows: int, steps: int, rate: float, seed: int) -> None:
-    """Span corruption as a script would do it: a row at a time in numpy, padded to the longest, one AdamW."""
-    import numpy as np
+def _flops(model: Any, kind: str, data: Any, tokenizer: Any) -> int:
+    """Matmul FLOPs of forward and backward of one row of the stock side, on a GPU."""
+    import torch
+
+    from lmssl import machine
+    from lmssl.objectives.base import token_loss
+
+    row = data[0]["input_ids"]
+    batch = {"input_ids": row, "labels": row}
+    if kind == "span_corruption":
+        ids, labels = Spans(data, tokenizer, 1, 0)[0]
+        batch = {"input_ids": ids, "decoder_input_ids": labels, "labels": labels}
+    with torch.autocast("cuda", torch.bfloat16):
+        return machine.step_flops(model, {k: torch.tensor([v]).cuda() for k, v in batch.items()}, token_loss)
+
+
+@dataclasses.dataclass
+class Spans:
+    """The stock side's rows for T5: a dataset, and what makes a batch of them."""
+
+    data: Any
+    tokenizer: Any
+    length: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        import numpy as np
+        import torch
+
+        self.order, self.rng = torch.randperm(len(self.data)).tolist(), np.random.default_rng(self.seed)
+        self.sentinels = [self.tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>") for i in range(100)]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> tuple[list[int], list[int]]:
+        return spans(self.data[self.order[i % len(self.order)]]["input_ids"], self.sentinels, self.tokenizer.eos_token_id, self.rng)
+
+    def batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Any]:
+        import torch
+
+        return [torch.nn.utils.rnn.pad_sequence([torch.tensor(p[k]) for p in pairs], True, fill) for k, fill in ((0, self.tokenizer.pad_token_id), (1, -100))]
+
+
+def _t5_loop(turns: Any, model: Any, rows: Spans, batch_size: int, steps: int, rate: float, gpu: bool, workers: int) -> None:
+    """Span corruption as a script would do it: a row at a time in numpy, padded to the longest, one AdamW; on a GPU compiled, in bfloat16, with workers."""
     import torch
     import transformers
 
-    rng, order = np.random.default_rng(seed), torch.randperm(len(data)).tolist()
-    sentinels = [tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>") for i in range(100)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=gpu or None)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
     model.train()
-    for step in range(steps):
-        pairs = [spans(data[order[i % len(order)]]["input_ids"], sentinels, tokenizer.eos_token_id, rng) for i in range(step * rows, (step + 1) * rows)]
+    forward = torch.compile(model) if gpu else model
+    for batch in torch.utils.data.DataLoader(rows, batch_size, collate_fn=rows.batch, num_workers=workers, pin_memory=gpu):
         if turns.begin():
             return
-        batch = [torch.nn.utils.rnn.pad_sequence([torch.tensor(p[k]) for p in pairs], True, fill) for k, fill in ((0, tokenizer.pad_token_id), (1, -100))]
-        model(input_ids=batch[0], attention_mask=(batch[0] != tokenizer.pad_token_id).long(), labels=batch[1]).loss.backward()
+        if gpu:
+            batch = [b.cuda(non_blocking=True) for b in batch]
+        with torch.autocast("cuda", torch.bfloat16) if gpu else contextlib.nullcontext():
+            loss = forward(input_ids=batch[0], attention_mask=(batch[0] != rows.tokenizer.pad_token_id).long(), labels=batch[1]).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -207,7 +276,7 @@ def ours(
     """lmssl's side: the same weights, trained as `trainer` (a recipe's section) says, in turns of a step each."""
     import torch
 
-    from lmssl import arguments, machine, models, probe
+    from lmssl import arguments, machine, models, packing, probe
     from lmssl.data.stream import Collator, Stream
     from lmssl.data.tokens import TokenSet
     from lmssl.objectives.base import token_loss
@@ -219,12 +288,15 @@ def ours(
     made = model_of(kind, shape, tokens, length, **(model or {}))
     objective = objective_of(kind)
     stream = Stream(tokens, objective, length, 0, rows * steps)
-    values = probe.choose(values, arguments.build(values), made, stream, Collator(objective, length, models.family_of(made.config), stream.vocab.pad))
-    runs = PretrainTrainer(made, objective, tokens, arguments.build(values), length, quiet=True, **arguments.own(values))
-    flops = machine.step_flops(made, runs.data_collator([runs.train_dataset[0]]), token_loss)
+    args, family = arguments.build(values), models.family_of(made.config)
+    values = probe.choose(values, args, made, stream, Collator(objective, length, family, stream.vocab.pad, packing.most_documents(stream, family, args.device)))
+    args = arguments.build(values)
+    runs = PretrainTrainer(made, objective, tokens, args, length, quiet=True, **arguments.own(values))
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        flops = machine.step_flops(made, {k: v.to(args.device) for k, v in runs.data_collator([runs.train_dataset[0]]).items()}, token_loss)
     micro = values["per_device_train_batch_size"]
     turns.facts = {"tokens": rows * objective.row_length(length), "flops": flops * rows, "micro_batch": micro, "parameters": sum(p.numel() for p in made.parameters())}
-    turns.facts["peak"] = machine.matmul_peak("cpu", torch.bfloat16, torch.get_num_threads())
+    turns.facts["peak"] = machine.matmul_peak(str(args.device), torch.bfloat16, torch.get_num_threads())
     runs.add_callback(turns)
     runs.run()
     if keep:
@@ -236,6 +308,7 @@ def ours(
 
 def turns_of(pipe: Any) -> Any:
     """A Trainer callback that trains as many steps as the other end of the pipe asks for, then waits."""
+    import torch
     from transformers import TrainerCallback
 
     class Turns(TrainerCallback):
@@ -248,6 +321,9 @@ def turns_of(pipe: Any) -> Any:
         def begin(self) -> bool:
             """Before a step: hand the turn over where it is used up. True where no step is wanted any more."""
             if not self.left and not self.stop:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                    self.facts["memory_mb"] = torch.cuda.max_memory_allocated() >> 20
                 spent = time.perf_counter() - self.begun
                 pipe.send(self.facts | {"seconds": spent / self.asked} if self.asked else self.facts)
                 self.left = self.asked = pipe.recv()
@@ -269,6 +345,8 @@ def turns_of(pipe: Any) -> Any:
 
 def _child(pipe: Any, work: Callable[..., None], args: tuple, keys: dict[str, Any]) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # it may have workers of its own,
+    multiprocessing.set_start_method("fork", force=True)  # begun as those of a script of one's own
     work(turns_of(pipe), *args, **keys)
 
 
@@ -295,7 +373,8 @@ class Side:
     def seconds(self, steps: int) -> float:
         """Seconds a step over the next so many."""
         self._pipe.send(steps)
-        return float(self._receive()["seconds"])
+        self.facts = self._receive()
+        return float(self.facts["seconds"])
 
     def close(self) -> None:
         self._process.kill()
