@@ -148,9 +148,17 @@ def with_steps(values: Mapping[str, Any], items: int) -> dict[str, Any]:
 
 
 def build(values: Mapping[str, Any]) -> TrainingArguments:
-    """TrainingArguments of a resolved section."""
+    """TrainingArguments of a resolved section.
+
+    Raises:
+        UserError: what transformers refuses; more processes on this machine than it has GPUs for.
+    """
+    import torch
     from transformers import TrainingArguments
 
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if here > gpus > 0 and not values.get("use_cpu"):
+        raise UserError(f"trainer: {here} processes were begun on a machine of {gpus} GPU{'s' if gpus > 1 else ''}: --nproc-per-node {gpus}, or trainer.use_cpu=true")
     with refused("trainer"):
         args = TrainingArguments(**{k: v for k, v in values.items() if k not in OURS})
     _try(args, values)

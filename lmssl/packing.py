@@ -27,6 +27,8 @@ MASKED = ("position_bias", "sliding_window", "softcap", "s_aux")
 """What an attention layer may ask beside scaling and dropout, and this kernel is not asked for."""
 WIDEST = 256
 """Of a head, in FlashAttention."""
+TILE, MOST = 128, 16
+"""Rows of queries that the kernel keeps for each document, at least, and for each token, at most."""
 
 
 def same_document(queries: Tensor, keys: Tensor) -> Tensor:
@@ -50,8 +52,12 @@ def positions_within(segments: Tensor) -> Tensor:
 
 
 def most_documents(stream: Stream, family: Family, device: torch.device) -> int | None:
-    """Documents in a row of a stream, at most, where attention takes each as a sequence of its own; None where it takes the mask."""
-    return stream.most_documents() if device.type == "cuda" and family != "encoder-decoder" and supported() else None
+    """Documents in a row of a stream, at most, where attention takes each as a sequence of its own; None where it takes the mask: on a CPU, with
+    an encoder and a decoder, and where a row may hold so many documents that the kernel's memory, a tile for each, outgrows what it saves."""
+    if device.type != "cuda" or family == "encoder-decoder" or not supported():
+        return None
+    most = stream.most_documents()
+    return most if most * TILE <= MOST * stream.row_length else None
 
 
 def supported() -> bool:

@@ -137,7 +137,7 @@ def test_overrides_may_stand_behind_options(corpus_file, tmp_path):
 
 @pytest.mark.parametrize("launcher", [["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29731"]], ids=["torchrun"])
 def test_two_processes_by_the_command_line(launcher, corpus_file, tmp_path):
-    overrides = [f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=2", "trainer.per_device_train_batch_size=2"]
+    overrides = [f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.use_cpu=true"]
     command = [sys.executable, "-m", launcher[0], *launcher[1:], "-m", "lmssl", "pretrain", str(QUICKSTART), *overrides, f"trainer.output_dir={tmp_path / 'two'}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -241,3 +241,11 @@ def test_an_objective_in_the_working_folder(corpus_file, tmp_path, monkeypatch):
     tokenizer = os.path.abspath("tokenizer_assets/bpe-8k")
     monkeypatch.chdir(tmp_path)
     assert run(["pretrain", recipe, "objective.name=my_objective:Mine", f"data.tokenizer={tokenizer}"]) == 0
+
+
+def test_more_processes_than_gpus(corpus_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    overrides = [f"data.text={corpus_file}", f"trainer.output_dir={tmp_path / 'run'}"]
+    line = refusal(capsys, "pretrain", "recipes/pretrain/quickstart.yaml", *overrides, "trainer.use_cpu=false")
+    assert "trainer: 2 processes were begun on a machine of 1 GPU: --nproc-per-node 1, or trainer.use_cpu=true" in line

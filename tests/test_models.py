@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 import lmssl
 from lmssl import models, packing
-from lmssl.data.stream import borders
+from lmssl.data.stream import Stream, borders
 from lmssl.errors import UserError
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
 from lmssl.objectives.toy import vocab
@@ -99,6 +99,18 @@ def test_what_the_kernel_cannot_do_takes_the_mask(monkeypatch):
         assert out.shape == (1, 8, 2, width)
     with pytest.raises(TypeError), torch.autocast("cpu", torch.bfloat16):
         packing.attend(layer, *[torch.randn(1, 2, 8, 16)] * 3, None, causal=True, cu_seq_lens_q=starts, max_length_q=8)
+
+
+def test_rows_of_very_many_documents_take_the_mask(shared_dir, monkeypatch):
+    """The kernel keeps a tile for each document that a row can hold."""
+    monkeypatch.setattr(packing, "supported", lambda: True)
+    tokens, gpu = token_set(shared_dir), torch.device("cuda")
+    many = lmssl.from_iterable([f"{n}" for n in range(300)], tokenizer(), shared_dir / "many", 0.1)
+    stream, crowded = (Stream(t, NextToken(), 128, 0, 10) for t in (tokens, many))
+    assert packing.most_documents(stream, "decoder", gpu) == stream.most_documents() < 16
+    assert packing.most_documents(crowded, "decoder", gpu) is None
+    assert packing.most_documents(stream, "encoder-decoder", gpu) is None
+    assert packing.most_documents(stream, "encoder", torch.device("cpu")) is None
 
 
 SEEING = {
