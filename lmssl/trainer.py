@@ -280,6 +280,9 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # Muon's own eps is none of the recipe's.
         own = [{k: group[k] for k in self._own if k in group and not (k == "eps" and group.get("muon"))} for group in self.optimizer.param_groups]
+        if self.args.device == torch.device("cpu", 0):
+            # Of several processes on CPUs accelerate calls it that, and torch before 2.13 puts no state there.
+            self.args.__dict__["_setup_devices"] = torch.device("cpu")
         with refused(f"{checkpoint}: its optimizer is another"):
             super()._load_optimizer_and_scheduler(checkpoint)
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
