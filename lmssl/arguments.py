@@ -127,6 +127,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def processes_here() -> int:
+    """Ranks of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def global_batch(values: Mapping[str, Any]) -> int:
     """Items of one optimizer step over all ranks."""
     return processes() * values["per_device_train_batch_size"] * values.get("gradient_accumulation_steps", 1)
@@ -156,7 +161,7 @@ def build(values: Mapping[str, Any]) -> TrainingArguments:
     import torch
     from transformers import TrainingArguments
 
-    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    here, gpus = processes_here(), torch.cuda.device_count()
     if here > gpus > 0 and not values.get("use_cpu"):
         raise UserError(f"trainer: {here} processes were begun on a machine of {gpus} GPU{'s' if gpus > 1 else ''}: --nproc-per-node {gpus}, or trainer.use_cpu=true")
     with refused("trainer"):
@@ -195,7 +200,7 @@ def hardware_defaults() -> dict[str, Any]:
 
 def workers() -> int:
     """Processes that make batches while a GPU trains: in the training process itself they would keep it waiting."""
-    return min(4, (os.cpu_count() or 1) // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(4, (os.cpu_count() or 1) // (2 * processes_here()))
 
 
 def pretrain_defaults() -> dict[str, Any]:

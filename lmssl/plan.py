@@ -23,7 +23,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
 from lmssl import arguments, machine, models, output, packing, recipe
-from lmssl.data.stream import Collator, Stream, count_tokens
+from lmssl.data.stream import Stream, count_tokens
 from lmssl.errors import UserError
 from lmssl.objectives.base import token_loss
 from lmssl.optimizers import outer_parameters
@@ -272,8 +272,7 @@ def ladder(wanted: PretrainRecipe, minutes: float) -> Iterator[Rung]:
     token_set = recipe.prepared(wanted.data, tokenizer)
     length = wanted.data.seq_length
     stream = Stream(token_set, objective, length, args.seed, 10**9)
-    family = models.family_of(config)
-    collator = Collator(objective, length, family, stream.vocab.pad, packing.most_documents(stream, family, args.device))
+    collator = packing.collator(stream, length, models.family_of(config), args.device)
     rows = min(args.per_device_train_batch_size, 16)
     batch = {k: v.to(args.device) for k, v in collator([stream[i] for i in range(rows)]).items()}
     dtype = torch.bfloat16 if args.bf16 else torch.float32

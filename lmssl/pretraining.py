@@ -65,14 +65,14 @@ class PretrainTrainer(ExactTrainer):
         self.start = getattr(model.config, "decoder_start_token_id", None)
         batch = arguments.processes() * args.per_device_train_batch_size * args.gradient_accumulation_steps
         stream = Stream(train_dataset, objective, length, args.seed, args.max_steps * batch, self.start)
-        most = packing.most_documents(stream, family, args.device)
-        collator = Collator(objective, length, family, stream.vocab.pad, most)
+        collator = packing.collator(stream, length, family, args.device)
+        kernel = collator.most_documents is not None
         identity = train_dataset.identity | {"objective": section, "seed": args.seed, "batch": batch, "seq_length": length, "threads": torch.get_num_threads()}
         identity |= {"bf16": bool(args.bf16), "torch_compile": bool(args.torch_compile), "optimizer": optimizer if optimizer == "muon" else args.optim.value.removesuffix("_fused")}
         identity |= {name: getattr(args, name) for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")}
         self.held_out_stream = held_out_stream(stream, length, self.start)
-        super().__init__(models.prepare(model, most is not None), args, stream, collator, optimizer, identity, quiet, on_spike, worker_timeout, self.held_out_stream)
-        models.check_isolated(self.model, stream.vocab, length, most is not None and bool(args.bf16))
+        super().__init__(models.prepare(model, kernel), args, stream, collator, optimizer, identity, quiet, on_spike, worker_timeout, self.held_out_stream)
+        models.check_isolated(self.model, stream.vocab, length, kernel and bool(args.bf16))
         self.head = models.head_for_loss(self.model, stream.vocab, args)
         self.held_out_collator = Collator(objective.held_out(), length, family, stream.vocab.pad)
         self.token_bytes = torch.from_numpy(stream.vocab.token_bytes).to(args.device)

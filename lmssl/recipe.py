@@ -13,7 +13,7 @@ from typing import Any
 
 from lmssl import arguments, config, output, tokenization
 from lmssl.data import tokens
-from lmssl.data.stream import Collator, Stream
+from lmssl.data.stream import Stream
 from lmssl.data.tokens import TokenSet
 from lmssl.errors import UserError, written
 from lmssl.objectives import fields_of, make
@@ -303,9 +303,7 @@ def assemble(recipe: PretrainRecipe, objective: Objective, tokenizer: Tokenizer,
     args, length = arguments.build(values), recipe.data.seq_length
     stream = Stream(token_set, objective, length, args.seed, args.max_steps * arguments.global_batch(values), _start(recipe))
     model = models.build(recipe.model, stream.vocab, objective, length, args.seed)
-    family = models.family_of(model.config)
-    collator = Collator(objective, length, family, stream.vocab.pad, packing.most_documents(stream, family, args.device))
-    values = probe.choose(values, args, model, stream, collator)
+    values = probe.choose(values, args, model, stream, packing.collator(stream, length, models.family_of(model.config), args.device))
     args = arguments.build(values)
     return PretrainTrainer(model, objective, token_set, args, recipe.data.seq_length, quiet=quiet, **arguments.own(values)), values
 

@@ -8,7 +8,7 @@ from transformers import AutoModel, TrainerCallback
 import lmssl
 from lmssl import arguments as sections
 from lmssl import machine, models, packing
-from lmssl.data.stream import Collator, Stream
+from lmssl.data.stream import Stream
 from lmssl.errors import Stopped
 from lmssl.objectives.base import token_loss
 from lmssl.objectives.cross_entropy import ALIGNED, PROJECTED, linear_cross_entropy, summed_cross_entropy
@@ -28,7 +28,7 @@ def trainer_of(architecture, tokens, folder, optimizer="adamw", dropout=False, *
 def batch_of(architecture, tokens, rows=4):
     objective, family = OBJECTIVE[architecture], models.family_of(small_model(architecture, tokens.vocab(), LENGTH).config)
     stream = Stream(tokens, objective, LENGTH, 0, 100)
-    collate = Collator(objective, LENGTH, family, stream.vocab.pad, packing.most_documents(stream, family, torch.device("cuda")))
+    collate = packing.collator(stream, LENGTH, family, torch.device("cuda"))
     return {k: v.cuda() for k, v in collate([stream[i] for i in range(rows)]).items()}
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmssl.data.tokens import TokenSet
-from lmssl.objectives.base import IGNORE, Arrays, Family, Objective, Row, Vocab
+from lmssl.objectives.base import IGNORE, Arrays, Family, Objective, Row, Vocab, first_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -155,9 +155,7 @@ def borders(segments: np.ndarray, most: int) -> np.ndarray:
     >>> borders(np.array([[1, 1, 2], [1, 0, 0]]), 3).tolist()
     [0, 2, 3, 4, 6, 6, 6]
     """
-    first = np.ones(segments.shape, bool)
-    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    found, room = np.flatnonzero(first), len(segments) * most
+    found, room = np.flatnonzero(first_tokens(segments)), len(segments) * most
     while room < len(found):
         room *= 2
     return np.concatenate([found, np.full(room + 1 - len(found), segments.size)]).astype(np.int32)

@@ -127,6 +127,13 @@ class SameLength:
         return self
 
 
+def first_tokens(segments: np.ndarray) -> np.ndarray:
+    """bool [..., L]: the token is its segment's first in its row."""
+    first = np.ones(segments.shape, bool)
+    first[..., 1:] = segments[..., 1:] != segments[..., :-1]
+    return first
+
+
 def spans_of(segments: np.ndarray) -> list[tuple[int, int]]:
     """[begin, end) of each run of one non-zero value."""
     if not len(segments):

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lmssl.objectives.base import IGNORE, Arrays, Family, Row, SameLength, Vocab
+from lmssl.objectives.base import IGNORE, Arrays, Family, Row, SameLength, Vocab, first_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,5 @@ class NextToken(SameLength):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, row: Row, vocab: Vocab, rng: np.random.Generator) -> Arrays:
-        first = np.ones(len(row.ids), bool)
-        first[1:] = row.segments[1:] != row.segments[:-1]
-        labels = np.where(first | (row.segments == 0), IGNORE, row.ids)
+        labels = np.where(first_tokens(row.segments) | (row.segments == 0), IGNORE, row.ids)
         return {"input_ids": row.ids, "segments": row.segments, "labels": labels}

@@ -277,7 +277,7 @@ def ours(
     import torch
 
     from lmssl import arguments, machine, models, packing, probe
-    from lmssl.data.stream import Collator, Stream
+    from lmssl.data.stream import Stream
     from lmssl.data.tokens import TokenSet
     from lmssl.objectives.base import token_loss
     from lmssl.pretraining import PretrainTrainer
@@ -288,8 +288,8 @@ def ours(
     made = model_of(kind, shape, tokens, length, **(model or {}))
     objective = objective_of(kind)
     stream = Stream(tokens, objective, length, 0, rows * steps)
-    args, family = arguments.build(values), models.family_of(made.config)
-    values = probe.choose(values, args, made, stream, Collator(objective, length, family, stream.vocab.pad, packing.most_documents(stream, family, args.device)))
+    args = arguments.build(values)
+    values = probe.choose(values, args, made, stream, packing.collator(stream, length, models.family_of(made.config), args.device))
     args = arguments.build(values)
     runs = PretrainTrainer(made, objective, tokens, args, length, quiet=True, **arguments.own(values))
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
