@@ -30,6 +30,10 @@ OWNED = {
     "label_smoothing_factor": "the loss is lmssl's own",
     "resume_from_checkpoint": "use --resume, which verifies first",
     "load_best_model_at_end": "the final model is the last one",
+    "metric_for_best_model": "the final model is the last one",
+    "dataloader_in_order": "the stream decides the order",
+    "bf16_full_eval": "held-out text is measured in float32",
+    "fp16_full_eval": "held-out text is measured in float32",
     "push_to_hub": "publish the finished folder with `hf upload`",
     "include_num_input_tokens_seen": "lmssl counts the tokens",
     "group_by_length": "the stream decides the order",
@@ -43,6 +47,8 @@ OWNED_BY_TASKS = OWNED | {
     "seed": "task.seeds counts the seeds: 0, 1, ...",
     "eval_strategy": "each run is scored once, when it ends",
     "eval_steps": "each run is scored once, when it ends",
+    "eval_on_start": "each run is scored once, when it ends",
+    "eval_delay": "each run is scored once, when it ends",
     "batch": "a few labelled examples need no split; per_device_train_batch_size is theirs",
 }
 """The same for fine-tuning."""
@@ -192,7 +198,8 @@ def hardware_defaults() -> dict[str, Any]:
     from lmssl.machine import native_bf16
 
     if torch.cuda.is_available():
-        return {"bf16": native_bf16("cuda"), "use_cpu": False}
+        # transformers would switch TF32 on with compilation, for what is to be float32 as well.
+        return {"bf16": native_bf16("cuda"), "use_cpu": False, "tf32": False}
     if torch.backends.mps.is_available():
         return {"bf16": False, "use_cpu": False}
     return {"bf16": native_bf16("cpu"), "use_cpu": True}

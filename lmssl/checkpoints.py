@@ -100,9 +100,9 @@ class Hashes:
         self._pool = ThreadPoolExecutor(4, "lmssl-hash")  # a hash takes a core, a sync the disk; both leave the interpreter free
         self._found: dict[Path, tuple[Future[str], Future[None]]] = {}
 
-    def begin(self, folder: Path) -> None:
-        """Start on the files that are complete by now; those begun before are not begun again."""
-        files = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST and p not in self._found)
+    def begin(self, folder: Path, names: str = "*") -> None:
+        """Start on files that are complete by now; those begun before are not begun again."""
+        files = (p for p in folder.rglob(names) if p.is_file() and p.name != MANIFEST and p not in self._found)
         for path in sorted(files, key=lambda p: -p.stat().st_size):
             self._found[path] = self._pool.submit(sha256, path), self._pool.submit(sync, path)
 

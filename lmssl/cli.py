@@ -110,7 +110,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (UserError, Stopped, Interrupted) as error:
-        if isinstance(error, UserError) and os.environ.get("RANK", "0") != "0":
+        if isinstance(error, UserError) and os.environ.get("LOCAL_RANK", "0") != "0":  # one line a machine: what is wrong may be wrong there alone
             return error.exit_code
         print(f"lmssl: error: {error}" if not isinstance(error, Interrupted) else f"lmssl: {error}", file=sys.stderr)
         return error.exit_code

@@ -294,7 +294,7 @@ class _Packed:
         kinds = set(getattr(model.config, "layer_types", None) or [])
         self.window = model.config.sliding_window if self.family == "encoder" and "sliding_attention" in kinds else None
         self.at: Tensor | None = None
-        self.skip_logits = False
+        self.skip_logits = self.ranks = False
 
     def before_model(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         self.at, self.skip_logits = kwargs.pop("label_positions", None), kwargs.pop("skip_logits", False)
@@ -344,27 +344,42 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+class _Left(torch.autograd.Function):
+    """The hidden state as it came, on a path that leads back to the projection's parameters too: of several ranks DDP takes
+    what a model's output does not depend on for unused, and the loss brings their gradient by another path."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
+
+
 class _Head(nn.Linear):
     """A vocabulary projection that a call can leave to the loss (`skip_logits=True`)."""
 
     packed: _Packed
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden if self.packed.skip_logits else super().forward(hidden)
+        if not self.packed.skip_logits:
+            return super().forward(hidden)
+        return _Left.apply(hidden, self.weight, self.bias) if self.packed.ranks else hidden
 
 
 @torch.no_grad()
 def head_for_loss(model: PreTrainedModel, vocab: Vocab, args: transformers.TrainingArguments) -> nn.Linear | None:
     """The vocabulary projection of a prepared model that the loss may do by itself: None where logits are more than that
-    (scaled or bent afterwards), and where it would not work: of several ranks DDP takes what the model's own output does not
-    depend on for unused, float16 needs its gradients scaled first; other devices than CPUs and CUDA's were not tried.
+    (scaled or bent afterwards), and where it would not work: float16 needs its gradients scaled first; of weights that are not
+    float32 the parts would be summed rounded; other devices than CPUs and CUDA's were not tried.
 
     Args:
         vocab: of the tokenizer.
         args: of the run.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, _Head) or args.world_size > 1 or args.fp16 or args.device.type not in ("cpu", "cuda"):
+    if not isinstance(head, _Head) or head.weight.dtype != torch.float32 or args.fp16 or args.device.type not in ("cpu", "cuda"):
         return None
     ids = torch.from_numpy(vocab.ordinary[None, :2].astype(np.int64)).to(model.device)
     more = {"decoder_input_ids": ids} if family_of(model.config) == "encoder-decoder" else {}
@@ -373,6 +388,7 @@ def head_for_loss(model: PreTrainedModel, vocab: Vocab, args: transformers.Train
             hidden, logits = (model(input_ids=ids, skip_logits=skip, **more).logits for skip in (True, False))
     except RuntimeError:  # of shapes: BART adds a number to each logit
         return None
+    head.packed.ranks = args.world_size > 1
     return head if torch.equal(nn.functional.linear(hidden, head.weight, head.bias), logits) else None
 
 

@@ -96,7 +96,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def leaves_out(optimizer: Any) -> bool:
     """Whether an optimizer leaves a step out by itself where its `found_inf` is set."""
-    return isinstance(optimizer, MuonAdamW) or (isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults.get("fused")))
+    return isinstance(optimizer, MuonAdamW) or (isinstance(optimizer, torch.optim.Adam) and all(group.get("fused") for group in optimizer.param_groups))
 
 
 def orthogonalised(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lmssl import config
 from lmssl.data import corpus
-from lmssl.errors import UserError, did_you_mean
+from lmssl.errors import UserError, did_you_mean, refused
 
 CHUNK = 16
 """Batches that are read before they are sorted by length and answered."""
@@ -37,6 +37,7 @@ def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) 
             raise UserError(f"--task: {checkpoint} was fine-tuned for {sections['task']['name']}, not {task_name}")
     elif not task_name:
         raise UserError(f"--task: {checkpoint} has no recipe.yaml that says what it was fine-tuned for; name the task")
+    known_by_recipe = bool(sections)
     sections = config.apply_overrides({"task": sections.get("task", {"name": task_name})}, overrides, ("task",))
     task, backbone = make_task(sections["task"]), Backbone.load(checkpoint)
     known = backbone.tokenizer.settings.get("model_max_length") or 0
@@ -46,7 +47,27 @@ def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) 
     new: frozenset[str] = getattr(model, "_lmssl_new", frozenset())
     if new:
         raise UserError(f"{checkpoint}: has no weights for {task.name} ({sorted(new)[0]} is missing); lmssl finetune makes a checkpoint that has")
+    if not known_by_recipe and not task.writes(backbone):
+        _check_layout(checkpoint, task, backbone)
     return task, backbone, model.to(machine.device()).eval()
+
+
+def _check_layout(checkpoint: str, task: Any, backbone: Any) -> None:
+    """Refuse a checkpoint that others trained where its own tokenizer lays an input out otherwise than tasks do here: with other
+    special tokens around it, or with token types. Its answers would be others than in plain transformers."""
+    from transformers import AutoTokenizer
+
+    columns = [name for key in ("text_a", "text_b", "text", "question", "context") if (name := getattr(task, key, None))]
+    example = task.unlabelled({name: f"what {name} says" for name in columns}, "")
+    texts = (example.question, example.text) if task.name == "qa" else example.texts()
+    here = [int(i) for i in task.encode(backbone, [example])[0][0]["input_ids"]]
+    with refused(f"{checkpoint}: its tokenizer"):
+        own = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)(*texts)
+    if own["input_ids"] != here or any(own.get("token_type_ids", ())):
+        raise UserError(
+            f"{checkpoint}: was not fine-tuned by lmssl, and its tokenizer makes {backbone.tokenizer.decode(own['input_ids'])!r} of an input, lmssl "
+            f"{backbone.tokenizer.decode(here)!r}{' without token types' if own['input_ids'] == here else ''}; transformers' pipeline reads it as it was trained"
+        )
 
 
 def examples(task: Any, files: Sequence[str]) -> Iterator[Any]:

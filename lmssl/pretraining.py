@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +52,8 @@ class PretrainTrainer(ExactTrainer):
     ):
         section = fields_of(objective)
         family = models.check_family(model.config, objective, section["name"])
-        train_dataset.tokenizer.check(objective, section["name"])
+        self._tokenizer = train_dataset.tokenizer
+        self._tokenizer.check(objective, section["name"])
         rows, ids = model.get_input_embeddings().weight.shape[0], train_dataset.manifest["vocabulary"]
         if ids > rows:
             raise UserError(f"the tokenizer has {ids} ids, the model {rows} embeddings; models.build takes the size from the tokenizer")
@@ -89,7 +92,8 @@ class PretrainTrainer(ExactTrainer):
         if self.head is None or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")
-        return self.compute_loss_func(models.output_for_loss(model, self.head, inputs), labels, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
+        loss = self.compute_loss_func(models.output_for_loss(model, self.head, inputs), labels, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
+        return loss if num_items_in_batch is None else loss * self.args.world_size  # DDP takes the mean of what the ranks' labels share
 
     def bits_per_byte(self, loss: float) -> float | None:
         """Of a training loss, over the labels since this was last asked; None where they stand for no text."""
@@ -113,6 +117,12 @@ class PretrainTrainer(ExactTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def complete(self, folder: Path) -> None:
+        """The tokenizer, and the recipe where there is one: a checkpoint can be fine-tuned and scored like the final model."""
+        self._tokenizer.save(folder)
+        if (recipe := Path(self.args.output_dir) / "recipe.yaml").is_file():
+            shutil.copyfile(recipe, folder / "recipe.yaml")
 
     def measure(self) -> None:
         if self.quiet or self.peak or not isinstance(self.train_dataset, Stream):
@@ -145,4 +155,5 @@ class PretrainTrainer(ExactTrainer):
             "held_out": {"loss": values["eval_loss"], "bits_per_byte": values["eval_bits_per_byte"]},
             "other_seconds": {k: round(v, 3) for k, v in self.clock.other.items()},
             "curve": self.curve,
+            **({"earlier_data": self.earlier_data} if self.earlier_data else {}),
         }

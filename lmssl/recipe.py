@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmssl import arguments, config, output, tokenization
+from lmssl import arguments, checkpoints, config, output, tokenization
 from lmssl.data import tokens
 from lmssl.data.stream import Stream
 from lmssl.data.tokens import TokenSet
@@ -93,9 +93,9 @@ class PretrainRecipe:
         tokenizer = tokenization.load(source)
         if self.data.tokenizer and "from" in self.model:
             _check_same_ids(tokenizer, str(self.model["from"]))
-        lacks = "mask" not in tokenizer.roles or not tokenizer.sentinels
-        if "from" in self.model and lacks and make(self.objective).needs:
-            added = tokenizer.complete()
+        needs = make(self.objective).needs
+        if "from" in self.model and (("mask" in needs and "mask" not in tokenizer.roles) or ("sentinels" in needs and not tokenizer.sentinels)):
+            added = tokenizer.complete(sentinels="sentinels" in needs)
             log.info("data.tokenizer: %s lacked special tokens; added %d: %s ...", source, len(added), ", ".join(added[:3]))
         return tokenizer
 
@@ -172,9 +172,11 @@ def check(recipe: PretrainRecipe) -> tuple[Objective, Tokenizer]:
     from lmssl import models
 
     objective = make(recipe.objective)
-    models.check_family(models.config_of(recipe.model), objective, recipe.objective["name"])
+    model = models.config_of(recipe.model)
+    models.check_family(model, objective, recipe.objective["name"])
     tokenizer = recipe.tokenizer()
     tokenizer.check(objective, recipe.objective["name"])
+    tokenizer.check_architecture(model)
     return objective, tokenizer
 
 
@@ -250,9 +252,9 @@ def _leavings(out: Path, *more: str) -> list[Path]:
 
 
 def _check_free(out: Path, present: list[Path], source: str | None, overwrite: bool) -> None:
-    """Refuse an output folder that is the backbone itself, or that holds a run, unless that is to be overwritten."""
-    if source is not None and out.resolve() == Path(source).resolve():
-        raise UserError(f"trainer.output_dir: {out} is the backbone in model.from, which it would overwrite; name another folder")
+    """Refuse an output folder that is the backbone itself, whose old run holds it, or that holds a run, unless that is to be overwritten."""
+    if source is not None and (Path(source).resolve() == out.resolve() or any(Path(source).resolve().is_relative_to(path.resolve()) for path in present)):
+        raise UserError(f"trainer.output_dir: {source}, the backbone in model.from, would be overwritten in {out}; name another folder")
     if present and present[0].name != "README.md" and not overwrite:
         raise UserError(f"trainer.output_dir: {out} holds a run ({present[0].name}); --resume continues it, --overwrite begins anew")
 
@@ -433,7 +435,8 @@ def curve_of(recipe: FinetuneRecipe, values: dict[str, Any], quiet: bool) -> Cur
 
     backbone = Backbone.load(recipe.source, recipe.data.max_length)  # refuses before any text is read
     train, test = curve.labelled(recipe.task, recipe.data.train, recipe.data.test)
-    task = recipe.task.fitted([*train, *test])
+    task = recipe.task.fitted(train, test)
+    task.check_packages()
     backbone = dataclasses.replace(backbone, classes=tuple(curve.check(task, train, test)))
     return curve.Curve(task, backbone, train, test, values, quiet)
 
@@ -481,12 +484,17 @@ def _pretraining_text(checkpoint: str) -> tuple[TokenSet, Tokenizer, str | None]
         found = prepared(config.build(DataSection, sections["data"], "data"), tokenizer, quiet=True)
     except UserError as error:
         raise UserError(f"the pretraining text of {checkpoint} is not at hand: {error}") from None
-    if has_changed(checkpoint, found):
-        raise UserError(f"the pretraining text of {checkpoint} has changed since")
+    if has_changed(checkpoint, found) or _recorded(checkpoint, "earlier_data"):
+        raise UserError(f"the pretraining text of {checkpoint} has changed since, or was another before the run was resumed")
     return found, tokenizer, sections["model"].get("from")
 
 
 def has_changed(checkpoint: str, found: TokenSet) -> bool:
-    """Whether the text that a checkpoint's recipe names is another than the one it was trained on, as far as its metrics.json knows."""
-    then = (output.read_json(Path(checkpoint) / "metrics.json") or {}).get("data")
+    """Whether the text that a checkpoint's recipe names is another than the one it was trained on, as far as its metrics.json or its manifest knows."""
+    then = _recorded(checkpoint, "data") or _recorded(checkpoint, "identity")
     return then is not None and then["data"] != found.identity["data"]
+
+
+def _recorded(checkpoint: str, key: str) -> Any:
+    """What metrics.json of a finished run says, or the manifest of a checkpoint along the way."""
+    return (output.read_json(Path(checkpoint) / "metrics.json") or {}).get(key) or checkpoints.facts(Path(checkpoint)).get(key)

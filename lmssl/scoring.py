@@ -149,8 +149,9 @@ def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
     begin = 1 if "bos" in tokenizer.roles else 0
     ids = [row[begin:-1] for row in tokenizer.encode([text for good, bad, _ in pairs for text in (good, bad)])]
     room = (models.max_length(checkpoint_config) or 2**31) - 2
-    if too_long := next((n for n, row in enumerate(ids) if len(row) > room), None):
-        raise UserError(f"{records[too_long // 2][1]}: a sentence of {len(ids[too_long])} tokens; the checkpoint reads {room}")
+    for number, row in enumerate(ids):
+        if len(row) > room:
+            raise UserError(f"{records[number // 2][1]}: a sentence of {len(row)} tokens; the checkpoint reads {room}")
     saved = config.load(folder / "recipe.yaml", (), PRETRAIN) if (folder / "recipe.yaml").is_file() else {}
     by = "mask" if saved.get("objective", {}).get("name") == "infilling" or checkpoint_config.model_type in ("bart", "mbart") else "sentinel"
     total = len(ids) if family == "decoder" else sum(map(len, ids))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,15 +151,40 @@ class Tokenizer:
                 f"add it with: lmssl tokenizer --from {self.source or 'FOLDER'} --out NEW_FOLDER"
             )
 
-    def complete(self) -> list[str]:
+    def check_architecture(self, config: Any) -> None:
+        """Refuse an architecture of which transformers would read this tokenizer as another.
+
+        For some (Qwen2) AutoTokenizer takes the architecture's own class, whatever tokenizer_config.json says, and cuts text by the rules of that.
+
+        Args:
+            config: the model's, of transformers.
+        """
+        from transformers import AutoTokenizer
+        from transformers.models.auto import tokenization_auto
+
+        if config.model_type not in getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", ()):
+            return
+        text, found = "In 2010 (a word), it's £5:\n\n  caf\u00e9 naïve\u0301 — 12,345 don't.", None
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):  # of many types, where the class cannot make anything of it
+            self.save(folder)
+            config.save_pretrained(folder)
+            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(text, add_special_tokens=False)["input_ids"]
+        if found != self.backend.encode(text, add_special_tokens=False).ids:
+            raise UserError(
+                f"model.architecture: transformers reads every tokenizer of a '{config.model_type}' by rules of that architecture's own, and this one as another than it is; "
+                "take an architecture that has none, for example llama or qwen3"
+            )
+
+    def complete(self, sentinels: bool = True) -> list[str]:
         """Add the missing of pad, bos, eos, mask and the 100 sentinels; returns the added tokens in id order."""
         from tokenizers import AddedToken
 
         added = [token for role, token in ROLES.items() if role not in self.roles and role != "bos"]
         self.roles |= {role: token for role, token in ROLES.items() if token in added}
-        added += [s for s in SENTINELS if self.backend.token_to_id(s) is None]
+        if sentinels:
+            added += [s for s in SENTINELS if self.backend.token_to_id(s) is None]
+            self.sentinels = list(SENTINELS)
         self.backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in added])
-        self.sentinels = list(SENTINELS)
         return added
 
     def vocab(self, start: int | None = None) -> Vocab:
@@ -196,7 +222,7 @@ class Tokenizer:
         """Write the folder that `AutoTokenizer` and `load` read."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")  # whose errors say what is wrong with the disk
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": int(1e30), "clean_up_tokenization_spaces": False} | self.settings
         settings |= {f"{role}_token": text for role, text in self.roles.items()}
         settings["extra_special_tokens"] = self.sentinels

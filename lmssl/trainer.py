@@ -73,6 +73,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
     ):
         args.train_sampling_strategy = "sequential"
         args.remove_unused_columns = args.logging_nan_inf_filter = False
+        args.dataloader_in_order = True
         args.ignore_data_skip = True  # the sampler begins where a checkpoint ended
         args.save_total_limit, args.average_tokens_across_devices = None, True
         args.disable_tqdm = True
@@ -108,6 +109,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self._sealing: Future[None] | None = None
         self._begin, self._any_label = (0, 0), False  # step and item that this process begins with
         self._own: tuple[str, ...] = RATES
+        self.earlier_data: list[Any] = []
+        """What the identity of the run said of its text before another took its place (`--accept data`)."""
         self._known_good: set[str] = set()
         self.guard = Guard(self)
         self.add_callback(self.guard)
@@ -191,7 +194,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         return Onwards(self._begin[1], end, self.args.max_steps * self.global_batch)  # type: ignore[return-value]
 
     def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()
+        with refused("trainer.dataloader"):
+            loader = super().get_train_dataloader()
         if self.args.dataloader_num_workers:
             getattr(loader, "base_dataloader", loader).timeout = self.worker_timeout
         return loader
@@ -274,7 +278,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_world_process_zero():  # the weights are written: their hash need not wait for the optimizer
             (Path(output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe says it all
-            self._hashes.begin(Path(output_dir))
+            self._hashes.begin(Path(output_dir), "*.safetensors")  # other ranks may be writing their random state
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -298,6 +302,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         root = staged.parent.parent
         try:
             (staged / "training_args.bin").unlink(missing_ok=True)
+            self.complete(staged)
             checkpoints.seal(staged, facts, self._hashes)
             try:
                 checkpoints.read_signed(staged / checkpoints.MANIFEST)  # before older ones are given up for it
@@ -308,6 +313,9 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             checkpoints.rotate(root, self._known_good)
         finally:
             shutil.rmtree(staged.parent, ignore_errors=True)
+
+    def complete(self, folder: Path) -> None:
+        """Put into a checkpoint what else its users look for, beside the training."""
 
     def _settle(self) -> None:
         """Wait until the last checkpoint is whole and in its place."""
@@ -327,6 +335,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             "other_seconds": dict(self.clock.other),
             "curve": list(self.curve),
             "norms": list(self.guard.norms),
+            "earlier_data": self.earlier_data,
         }
 
     def _total_tokens(self) -> int:
@@ -348,11 +357,14 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _fits(self, folder: Path, manifest: dict[str, Any]) -> None:
         if manifest["identity"].get("model") == self.identity["model"]:
-            state = self.accelerator.unwrap_model(self.model).state_dict()
-            memory: dict[int, list[str]] = {}
-            for name, value in state.items():
-                memory.setdefault(value.data_ptr(), []).append(name)
-            checkpoints.fits(folder, {k: v.shape for k, v in state.items()}, {k: memory[v.data_ptr()] for k, v in state.items()})
+            self._check_weights(folder)
+
+    def _check_weights(self, folder: Path) -> None:
+        state = self.accelerator.unwrap_model(self.model).state_dict()
+        memory: dict[int, list[str]] = {}
+        for name, value in state.items():
+            memory.setdefault(value.data_ptr(), []).append(name)
+        checkpoints.fits(folder, {k: v.shape for k, v in state.items()}, {k: memory[v.data_ptr()] for k, v in state.items()})
 
     def resume_point(self, accept: tuple[str, ...] = ()) -> Path | None:
         """The newest whole checkpoint of this run; None where none was ever completed.
@@ -374,6 +386,10 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             if key in manifest["identity"] and then != now and key not in accept:
                 way_out = "its state is of no use to this one; --overwrite begins anew" if key == "optimizer" else f"--accept {key} goes on all the same"
                 raise UserError(f"--resume: {key} changed: {path.name} has {_short(then)}, this run {_short(now)}; {way_out}")
+        try:
+            self._check_weights(path)
+        except checkpoints.Damaged as error:
+            raise UserError(f"--accept model: {error}; the weights must be the same, whatever else of the model is another") from error
         if rejected:
             self.accelerator.wait_for_everyone()  # no rank looks any more
             if self.is_world_process_zero():
@@ -383,6 +399,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self._tokens_before = manifest["tokens"]
         self.clock.training, self.clock.other, self.curve = manifest["seconds"], manifest["other_seconds"], manifest["curve"]
         self.guard.norms.extend(manifest["norms"])
+        before, now = ([identity.get(key) for key in ("data", "tokens")] for identity in (manifest["identity"], self.identity))
+        self.earlier_data = [*manifest.get("earlier_data", []), *([before] if before != now else [])]
         return path
 
     def run(self, resume: Path | None = None) -> None:
@@ -403,10 +421,12 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
                 raise self.stopped(f"the data of step {self.state.global_step + 1} cannot be made: {of_the_data(error)}") from error
             except pickle.UnpicklingError as error:
                 raise UserError(f"{resume}: holds a pickle of more than tensors, which is not loaded: {str(error).splitlines()[0][:200]}") from error
-        if self.guard.signum:
+        if self.guard.acted:
             name = signal.Signals(self.guard.signum).name
             where = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             raise Interrupted(f"{name}: saved {where}; --resume continues there", self.guard.signum)
+        if self.guard.signum:  # behind the last step, whose end could not save any more: as if it came now
+            signal.raise_signal(self.guard.signum)
 
 
 def _short(value: Any) -> str:

@@ -72,7 +72,9 @@ class Guard(TrainerCallback):
     """
 
     def __init__(self, trainer: ExactTrainer):
-        self.trainer, self.signum, self.losses = trainer, 0, list[Tensor]()
+        self.trainer, self.losses = trainer, list[Tensor]()
+        self.signum, self.acted = 0, False
+        """The signal that came, and whether a step has ended with it."""
         self._underway: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         self.norms: deque[float] = deque(maxlen=64)
         """Gradient norms of the last steps, before clipping."""
@@ -151,7 +153,7 @@ class Guard(TrainerCallback):
         if args.world_size > 1 and self.trainer._sum(torch.tensor([float(signum)], dtype=torch.float64)).item():
             signum = signum or signal.SIGTERM
         if signum:
-            self.signum, control.should_save, control.should_training_stop = signum, True, True
+            self.signum, self.acted, control.should_save, control.should_training_stop = signum, True, True, True
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:

@@ -39,6 +39,7 @@ def main(shared: str, architectures: str, out: str, micro: str) -> None:
         args = arguments(folder, max_steps=1, per_device_train_batch_size=int(micro), max_grad_norm=0.0)
         trainer = lmssl.PretrainTrainer(small_model(name, tokens.vocab()), OBJECTIVE[name], tokens, args, 32, quiet=True)
         assert trainer.args.world_size == world
+        assert (trainer.head is None) == (name == "bart")  # the loss projects, however many ranks there are
         steps[name] = first_step(trainer)
     for family in SENTIMENT:
         steps[f"sentiment {family}"] = sentiment_step(int(micro), Path(shared) / family)

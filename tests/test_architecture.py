@@ -45,7 +45,7 @@ FLOORS = {
 WITHIN = [
     ["objectives.base", "objectives.cross_entropy"],
     ["data.verses", "data.formats", "data.corpus", "data.contamination", "data.tokens", "data.stream"],
-    ["tasks.base", "tasks.generation", "tasks.squad", "tasks.adapters", "tasks.baseline", "tasks.ledger", "tasks.curve"],
+    ["tasks.adapters", "tasks.base", "tasks.generation", "tasks.squad", "tasks.baseline", "tasks.ledger", "tasks.curve"],
     ["tasks.base", "tasks.generation", "tasks.squad", "tasks.qa"],
     ["tasks.base", "tasks.sentiment"],
     ["tasks.base", "tasks.generation", "tasks.translation"],

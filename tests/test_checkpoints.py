@@ -1,10 +1,8 @@
 """Whole or not there: every kind of damage is found and named."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lmssl import checkpoints
 from lmssl.checkpoints import Damaged, newest, publish, rotate, seal, verify
@@ -58,9 +56,21 @@ def test_none_at_all(tmp_path):
 def test_publish_replaces(tmp_path):
     make(tmp_path, 3, 1.0)
     make(tmp_path, 3, 2.0)
-    assert json.loads((tmp_path / "checkpoint-3" / checkpoints.MANIFEST).read_text())["step"] == 3
+    assert load_file(tmp_path / "checkpoint-3" / "model.safetensors")["w"][0] == 2.0
     verify(tmp_path / "checkpoint-3")
     assert not list(tmp_path.glob(".old-*"))
+
+
+def test_a_file_that_another_rank_is_writing_is_hashed_when_it_is_whole(tmp_path):
+    stage = tmp_path / ".staging-1" / "checkpoint-1"
+    stage.mkdir(parents=True)
+    save_file({"w": torch.ones(50)}, stage / "model.safetensors")
+    (stage / "rng_state_1.pth").write_bytes(b"half")
+    hashes = checkpoints.Hashes()
+    hashes.begin(stage, "*.safetensors")
+    (stage / "rng_state_1.pth").write_bytes(b"half and the rest")
+    seal(stage, {"step": 1}, hashes)
+    verify(stage)
 
 
 def test_rotation_keeps_the_newest_whole_ones(tmp_path):

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +25,11 @@ def lmssl(*args, **env):
     return subprocess.run([sys.executable, "-m", "lmssl", *map(str, args)], capture_output=True, text=True, cwd=ROOT, env=os.environ | env, timeout=240)
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
-    begin = time.perf_counter()
+def test_help_imports_nothing_heavy():
+    code = "import json, sys; from lmssl import cli\ntry: cli.run(['--help'])\nexcept SystemExit: print(json.dumps(sorted(sys.modules)))"
+    loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines()[-1])
+    assert not {"torch", "transformers", "datasets", "numpy", "yaml", "pydantic"} & set(loaded)
     result = lmssl("--help")
-    assert time.perf_counter() - begin < 1.0
     assert all(verb in result.stdout for verb in ("tokenizer", "prepare", "show", "pretrain", "finetune", "predict", "evaluate", "report"))
 
 
@@ -135,7 +135,7 @@ def test_overrides_may_stand_behind_options(corpus_file, tmp_path):
     assert run(["pretrain", *args]) == 0
 
 
-@pytest.mark.parametrize("launcher", [["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29731"]], ids=["torchrun"])
+@pytest.mark.parametrize("launcher", [["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]], ids=["torchrun"])
 def test_two_processes_by_the_command_line(launcher, corpus_file, tmp_path):
     overrides = [f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.use_cpu=true"]
     command = [sys.executable, "-m", launcher[0], *launcher[1:], "-m", "lmssl", "pretrain", str(QUICKSTART), *overrides, f"trainer.output_dir={tmp_path / 'two'}"]

@@ -213,7 +213,7 @@ def test_the_documented_defaults_are_the_defaults():
     checked = 0
     for name, *values in rows:
         for value, defaults in zip(values, (arguments.pretrain_defaults(), arguments.finetune_defaults()), strict=True):
-            if name in defaults and not isinstance(defaults[name], bool):
+            if name in defaults and not isinstance(defaults[name], bool) and name != "dataloader_num_workers":  # whose value is the machine's
                 assert value.split(",")[0] == str(defaults[name]), name
                 checked += 1
     assert checked >= 15

@@ -1,6 +1,7 @@
 """Nine cells: three tasks, three families, each with its twin, its saved checkpoint and its predictions."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import transformers
 from lmssl import tokenization
 from lmssl.arguments import OWNED_BY_TASKS, finetune_defaults, resolve
 from lmssl.cli import run
+from lmssl.errors import UserError
 from lmssl.predict import predict
 from lmssl.recipe import FinetuneRecipe, curve_of, finetune
 from lmssl.tasks import base, curve, make_task
@@ -141,6 +143,22 @@ def test_every_class_stands_on_both_sides_of_the_validation_split(classes):
         labels = [examples[i].label for i in base.nested(examples, 0)[:count]]
         for places in base.split_validation(labels, 0.25):
             assert len({labels[i] for i in places}) == classes
+
+
+def test_classes_too_small_for_a_share_make_it_up_together():
+    labels = [str(n % 10) for n in range(20)]
+    train, held = base.split_validation(labels, 0.25)
+    assert len(held) == 5, "a quarter of all"
+    assert len({labels[i] for i in held}) == 5
+    assert {labels[i] for i in train} == set(labels), "no class is held out whole"
+
+
+def test_missing_packages_are_named_before_anything_is_trained(data, backbones, tmp_path, monkeypatch):
+    monkeypatch.setattr(curve.Curve, "run", lambda self: pytest.fail("trained"))
+    for task, package, fields in [("translation", "sacrebleu", {}), ("sentiment", "peft", {"method": "lora"})]:
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(UserError, match=rf"{package}; pip install 'lmssl\[tasks\]'"):
+            finetune(FinetuneRecipe.of(sections(task, backbones["encoder"], data, tmp_path / task, **fields)), quiet=True)
 
 
 def test_widths_stay_within_the_positions():

@@ -92,6 +92,18 @@ def test_a_kill_between_checkpoints(sections, whole, tmp_path, monkeypatch):
     assert scores(finetune(FinetuneRecipe.of(sections(tmp_path)), resume=True, quiet=True)) == scores(whole[0])
 
 
+def test_what_is_trained_is_kept_until_its_score_is(sections, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Curve, "_scored", lambda self, model, run: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(FinetuneRecipe.of(sections(tmp_path, save_steps=2)), quiet=True)
+    assert list(tmp_path.glob("checkpoints/8-scratch-0-*/checkpoint-*")), "set up"
+    seen = kill_at(monkeypatch, 0)
+    finetune(FinetuneRecipe.of(sections(tmp_path, save_steps=2)), resume=True, quiet=True)
+    assert len(seen) == 32 - 4 * 2 - 4, "two tuning runs and the run whose score was lost are not trained again"
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_damaged_checkpoint_begins_that_run_anew(sections, whole, tmp_path, monkeypatch, caplog):
     recipe = FinetuneRecipe.of(sections(tmp_path))
     with monkeypatch.context() as patch:

@@ -62,6 +62,9 @@ def test_the_command(shared_dir, tmp_path, capsys):
     assert run(["evaluate", str(tmp_path), "--pairs", str(pairs)]) == 0
     assert "of 4 minimal pairs right" in capsys.readouterr().out
     assert json.loads((tmp_path / "metrics.json").read_text())["minimal_pairs"]["pairs"] == 4
+    pairs.write_text(json.dumps({"sentence_good": "a film " * 99, "sentence_bad": "a"}) + "\n")
+    assert run(["evaluate", str(tmp_path), "--pairs", str(pairs)]) == 2
+    assert "pairs.jsonl:1: a sentence of" in capsys.readouterr().err
     pairs.write_text(json.dumps({"sentence_good": "a"}) + "\n")
     assert run(["evaluate", str(tmp_path), "--pairs", str(pairs)]) == 2
     error = capsys.readouterr().err

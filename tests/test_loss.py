@@ -125,6 +125,7 @@ def test_logits_that_are_bent_or_scaled_are_left_to_the_model(shared_dir, tmp_pa
         model = models.prepare(models.build({"architecture": architecture, **small, **keys}, vocab, OBJECTIVE["llama"], LENGTH, 0))
         assert (models.head_for_loss(model, vocab, args) is not None) == plain, architecture
     assert models.head_for_loss(model, vocab, arguments(tmp_path, fp16=True)) is None
+    assert models.head_for_loss(model.to(torch.bfloat16), vocab, args) is None, "its parts would be summed rounded"
 
 
 def test_a_copy_projects_by_its_own_weights(shared_dir):
@@ -167,6 +168,16 @@ def test_split_of_the_batch_changes_nothing(architecture, shared_dir, tmp_path):
     assert_same_step(results)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "bert", "t5"])
+def test_a_traced_model_is_the_same_model(architecture, shared_dir, tmp_path):
+    """What compilation captures, without the time that its kernels take."""
+    tokens, results = token_set(shared_dir), []
+    for keys in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=8, max_grad_norm=0.0, **keys)
+        results.append(first_step(lmssl.PretrainTrainer(small_model(architecture, tokens.vocab(), LENGTH), OBJECTIVE[architecture], tokens, args, LENGTH, quiet=True)))
+    assert_same_step(results)
+
+
 @pytest.mark.parametrize("family", SENTIMENT)
 def test_split_of_a_fine_tuning_batch_changes_nothing(family, shared_dir):
     """The same for the classifier of each family."""
@@ -187,7 +198,7 @@ def test_two_processes_equal_one(architectures, shared_dir, tmp_path):
     script = [str(ROOT / "tests" / "one_step.py"), str(shared_dir), ",".join(architectures)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *script, str(tmp_path / "one"), "8"], check=True, env=environment, timeout=240)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29711"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*launcher, *script, str(tmp_path / "two"), "4"], check=True, env=environment, timeout=240)
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two"))
     assert two["world"] == 2

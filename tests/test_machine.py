@@ -75,6 +75,8 @@ def test_peak_share(shared_dir, tmp_path):
         trainer.run()
         share = trainer.metrics()["matmul_share"]
         assert share is None if quiet else 0 < share < 1.2
+        trainer.flops, trainer.peak = 100.0, 50.0
+        assert trainer.peak_share(4, 2.0) == pytest.approx(100 * trainer.global_batch * 4 / 2 / 50)
         assert all(point["bits_per_byte"] > 0 for point in trainer.curve)
 
 

@@ -43,6 +43,10 @@ def refusal(capsys, *args):
         ("data.text=null", "data.text: missing"),
         ("trainer.data_seed=7", "trainer.data_seed: not to be set"),
         ("trainer.save_only_model=true", "cannot be resumed"),
+        ("trainer.dataloader_in_order=false", "not to be set: the stream decides the order"),
+        ("trainer.metric_for_best_model=accuracy", "not to be set: the final model is the last one"),
+        ("trainer.dataloader_persistent_workers=true", "trainer.dataloader: persistent_workers"),
+        ("model.architecture=qwen2 objective.name=next_token", "transformers reads every tokenizer of a 'qwen2'"),
         ("trainer.fsdp=full_shard", "every process holds the whole model"),
         ("trainer.optimizer=adamw trainer.optim=adamw_bnb_8bit", "trainer.optim: .*bitsandbytes"),
         ("trainer.report_to=wandb", "trainer: .*(?i:wandb)"),
@@ -241,6 +245,26 @@ def test_an_objective_in_the_working_folder(corpus_file, tmp_path, monkeypatch):
     tokenizer = os.path.abspath("tokenizer_assets/bpe-8k")
     monkeypatch.chdir(tmp_path)
     assert run(["pretrain", recipe, "objective.name=my_objective:Mine", f"data.tokenizer={tokenizer}"]) == 0
+
+
+def test_a_mistake_is_said_once_a_machine(corpus_file, tmp_path, monkeypatch, capsys):
+    """What is wrong may be wrong on the second machine alone, whose ranks begin at 4."""
+    recipe = written(recipe_of(corpus_file, tmp_path / "run"), tmp_path / "r.yaml")
+    monkeypatch.setenv("RANK", "4")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "no such folder" in refusal(capsys, "pretrain", recipe, "data.tokenizer=./nowhere")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run(["pretrain", recipe, "data.tokenizer=./nowhere"]) == 2
+    assert not capsys.readouterr().err
+
+
+def test_the_backbone_is_not_removed_with_the_old_run(corpus_file, sentiment, tmp_path, capsys):
+    recipe = recipe_of(corpus_file, tmp_path / "run", save_strategy="steps", save_steps=2)
+    assert run(["pretrain", written(recipe, tmp_path / "r.yaml")]) == 0
+    backbone = tmp_path / "run" / "checkpoint-2"
+    args = ["--overwrite", f"model.from={backbone}", f"trainer.output_dir={tmp_path / 'run'}"]
+    assert "the backbone in model.from, would be overwritten" in refusal(capsys, "finetune", sentiment / "f.yaml", *args)
+    assert (backbone / "model.safetensors").is_file()
 
 
 def test_more_processes_than_gpus(corpus_file, tmp_path, monkeypatch, capsys):

@@ -103,7 +103,7 @@ def test_a_checkpoint_is_not_continued_with_another_tokenizer(recipe, corpus_fil
     assert "gives other ids than the tokenizer of" in capsys.readouterr().err
     assert run(["pretrain", str(recipe)]) == 0, capsys.readouterr().err  # bpe-8k, its own
     assert run(["finetune", "recipes/finetune/quickstart.yaml", f"data.train={corpus_file}", f"model.from={own}", f"trainer.output_dir={own}", "--overwrite"]) == 2
-    assert "is the backbone in model.from" in capsys.readouterr().err
+    assert "the backbone in model.from, would be overwritten" in capsys.readouterr().err
 
 
 def test_dry_run_of_a_label_curve(recipe, corpus_file, tmp_path, capsys):

@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 from transformers import AutoModelForSequenceClassification
 
 from lmssl import predict
@@ -85,6 +86,39 @@ def test_a_model_without_its_language_head_is_not_scored(classifier, tmp_path, c
         assert run(["evaluate", str(classifier), *args]) == 2
         assert "is no pretrained language model: cls.predictions" in capsys.readouterr().err
     assert run(["evaluate", str(classifier.parent / "backbone"), "--pairs", str(tmp_path / "pairs.jsonl")]) == 0
+
+
+@pytest.mark.parametrize(("architecture", "fields", "shown"), [("gpt2", [], "'<s>what text says'"), ("bert", ["task.text_a=a", "task.text_b=b"], "without token types")])
+def test_a_layout_of_somebody_else_s_is_not_guessed(architecture, fields, shown, shared_dir, tmp_path, capsys):
+    """GPT-2's own classifiers read no bos, BERT's read token types."""
+    tokens = token_set(shared_dir)
+    small_model(architecture, tokens.vocab(), 32).save_pretrained(tmp_path / "backbone")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "backbone").save_pretrained(tmp_path / "model")
+    tokens.tokenizer.save(tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    described = json.loads(path.read_text())
+    if architecture == "gpt2":
+        described["post_processor"] = None
+    path.write_text(json.dumps(described))
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}))
+    (tmp_path / "x.csv").write_text("text,a,b\na film,a film,a plot\n")
+    assert run(["predict", str(tmp_path / "model"), str(tmp_path / "x.csv"), "--task", "sentiment", *fields]) == 2
+    error = capsys.readouterr().err
+    assert "was not fine-tuned by lmssl" in error
+    assert shown in error
+
+
+def test_a_trained_head_keeps_its_pooling(shared_dir, tmp_path):
+    tokens = token_set(shared_dir)
+    small_model("modernbert", tokens.vocab(), 32).save_pretrained(tmp_path / "backbone")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "backbone", classifier_pooling="cls").eval()
+    theirs.save_pretrained(tmp_path / "model")
+    tokens.tokenizer.save(tmp_path / "model")
+    _, backbone, model = predict.load(str(tmp_path / "model"), "sentiment")
+    ids = torch.tensor([[*backbone.begin(), 300, 301, 302, tokens.tokenizer.id("eos")]])
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-6)
 
 
 def test_no_length_is_no_mistake(classifier, tmp_path, capsys):

@@ -188,8 +188,9 @@ def test_no_answer():
     assert QuestionAnswering(no_answer=False).choose("good film", spans, 9.0) == "good"
     assert task.choose("", [], 0.0) == ""
     answered = question(0, "good film", 0, 4)
-    assert QuestionAnswering().fitted([answered]).no_answer is False
-    assert QuestionAnswering().fitted([answered, Question("x", "", "")]).no_answer is True
+    unanswered = Question("x", "", "")
+    assert QuestionAnswering().fitted([answered], [answered, unanswered]).no_answer is False, "the test set decides nothing"
+    assert QuestionAnswering().fitted([answered, unanswered], [answered]).no_answer is True
 
 
 def test_written_answers(folder_of):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 from lmssl import checkpoints, models
 from lmssl.cli import run
@@ -203,6 +203,41 @@ def test_the_leak_check_knows_what_came_before(corpus_file, tmp_path):
     first.write_text("\n".join(f"{n} stands here now, where {n + 1} stood before, and nobody will find it again" for n in range(200)))
     for folder in ("one", "two"):
         assert "one has changed since" in leak_check(str(tmp_path / folder), test)["reason"]
+
+
+def test_a_text_that_took_another_s_place_is_no_proof_of_a_clean_test(corpus_file, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text(corpus_file.read_text())
+    pretrain(recipe_of(text, tmp_path / "run", save_strategy="steps", save_steps=2), quiet=True)
+    assert leak_check(str(tmp_path / "run"), [Example("a", "", "")])["checked"]
+    text.write_text("".join(corpus_file.read_text().splitlines(True)[:-1]))
+    longer = recipe_of(text, tmp_path / "run", max_steps=6, save_strategy="steps", save_steps=2)
+    metrics = pretrain(longer, resume=True, accept=("data", "tokens"), quiet=True)
+    assert len(metrics["earlier_data"]) == 1
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-6"):
+        assert "was another before the run was resumed" in leak_check(str(folder), [Example("a", "", "")])["reason"]
+    longest = recipe_of(text, tmp_path / "run", max_steps=8, save_strategy="steps", save_steps=2)
+    assert pretrain(longest, resume=True, quiet=True)["earlier_data"] == metrics["earlier_data"]
+
+
+def test_a_checkpoint_along_the_way_is_used_like_the_final_model(corpus_file, tmp_path, capsys):
+    text = tmp_path / "text.jsonl"
+    text.write_text(corpus_file.read_text())
+    pretrain(recipe_of(text, tmp_path / "run", save_strategy="steps", save_steps=2), quiet=True)
+    early = tmp_path / "run" / "checkpoint-2"
+    assert AutoTokenizer.from_pretrained(early)("a film").input_ids == AutoTokenizer.from_pretrained(tmp_path / "run")("a film").input_ids
+    assert run(["evaluate", str(early)]) == 0
+    assert json.loads((early / "metrics.json").read_text())["held_out"]["loss"] > 0
+    assert checkpoints.verify(early), "what was noted beside it is none of its files"
+    assert leak_check(str(early), [Example("a", "", "")])["checked"]
+    onwards = recipe_of(text, tmp_path / "onwards")
+    onwards.model.clear()
+    onwards.model["from"] = str(early)
+    assert pretrain(onwards, quiet=True)["steps"] == 4
+    text.write_text("".join(corpus_file.read_text().splitlines(True)[1:]))
+    assert "has changed since" in leak_check(str(early), [Example("a", "", "")])["reason"]
+    assert run(["evaluate", str(early)]) == 2
+    assert "has changed since" in capsys.readouterr().err
 
 
 def test_items_of_a_run(shared_dir, tmp_path):

@@ -255,7 +255,7 @@ def test_it_learns_and_scratch_differs(easy, shared_dir, tmp_path):
 
 @pytest.mark.parametrize("method", ["probe", "lora"])
 @pytest.mark.parametrize("architecture", ["llama", "bert", "t5"])
-def test_probe_and_lora(method, architecture, easy, shared_dir, tmp_path):
+def test_probe_and_lora(method, architecture, easy, shared_dir, tmp_path, monkeypatch):
     """A probe trains the head alone; low-rank updates leave a checkpoint without a trace of peft; the twin trains everything."""
     tokens = token_set(shared_dir)
     small_model(architecture, tokens.vocab(), 32).save_pretrained(tmp_path / "backbone")
@@ -275,15 +275,22 @@ def test_probe_and_lora(method, architecture, easy, shared_dir, tmp_path):
             "trainer": {"output_dir": str(tmp_path / "out"), "max_steps": 4, "learning_rate": 1e-2, "bf16": False},
         }
     )
+    methods, apply = [], adapters.apply
+    monkeypatch.setattr(adapters, "apply", lambda model, method, rank: methods.append(method) or apply(model, method, rank))
     assert finetune(recipe, quiet=True)["method"] == method
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, untouched[name])}
+    assert moved
     if method == "probe":
         assert moved <= trained
     else:
-        assert any("attn" in name or "attention" in name.lower() or "SelfAttention" in name for name in moved)
+        inside = [name for name in moved if not any(h in name for h in heads)]
+        assert any("attn" in name or "attention" in name.lower() for name in inside)
+        for name in inside:
+            assert torch.linalg.matrix_rank((model.state_dict()[name] - untouched[name]).double(), rtol=1e-4) <= 4, name
+    assert methods == ["full", method], "the twin trains everything"
 
 
 def test_macro_f1_equals_scikit_learn():

@@ -87,6 +87,7 @@ def test_foreign_tokenizer_is_refused_with_the_fix_and_completed(tmp_path):
         foreign.check(SpanCorruption(), "span_corruption")
     foreign.check(NextToken(), "next_token")
     before = foreign.encode(["good bad"])[0]
+    assert len(bert_like(tmp_path).complete(sentinels=False)) == 1, "the mask alone"
     added = foreign.complete()
     assert len(added) == 101
     assert np.array_equal(foreign.encode(["good bad"])[0], before), "old ids stay"

@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import shutil
-import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from transformers import TrainerCallback
 
 import lmssl
 from lmssl import checkpoints, machine
-from lmssl.errors import Interrupted, Stopped, UserError
+from lmssl.errors import Stopped, UserError
 from lmssl.evaluation import held_out
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
 from lmssl.optimizers import MuonAdamW, muon_groups, orthogonalised, sizes_of
@@ -129,17 +126,6 @@ def test_one_process_takes_one_gpu(shared_dir, tmp_path, caplog):
     assert "torchrun --nproc-per-node 4" in caplog.text
 
 
-@pytest.mark.parametrize(("mine", "total", "expected"), [(0, 0.0, 0), (0, 2.0, signal.SIGTERM), (0, 15.0, signal.SIGTERM), (2, 2.0, signal.SIGINT)])
-def test_a_signal_to_one_of_many_ranks_stops_them_all(mine, total, expected, shared_dir, tmp_path, monkeypatch):
-    trainer = trainer_of("llama", token_set(shared_dir), tmp_path)
-    trainer.guard.signum = mine
-    monkeypatch.setattr(trainer, "_sum", lambda value: torch.tensor([total]))
-    ranks = SimpleNamespace(world_size=64)
-    trainer.guard.on_step_end(ranks, trainer.state, trainer.control)
-    assert trainer.guard.signum == expected
-    assert trainer.control.should_save is trainer.control.should_training_stop is bool(expected)
-
-
 def test_muon_is_torchs_own(monkeypatch):
     """Matrices of one shape taken together end where torch.optim.Muon takes them one by one; and so does AdamW beside it."""
     monkeypatch.setattr(machine, "native_bf16", lambda device: True)
@@ -222,6 +208,15 @@ def test_workers_change_nothing(shared_dir, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(weights(runs[0]).values(), weights(runs[1]).values()))
 
 
+def test_only_files_that_this_rank_has_finished_are_hashed_early(shared_dir, tmp_path, monkeypatch):
+    seen = []
+    original = checkpoints.Hashes.begin
+    monkeypatch.setattr(checkpoints.Hashes, "begin", lambda self, folder, *names: seen.append(names) or original(self, folder, *names))
+    trainer_of("bert", token_set(shared_dir), tmp_path, max_steps=1, save_strategy="steps", save_steps=1).run()
+    assert seen[0] == ("*.safetensors",), "beside the training"
+    assert seen[1:] == [()], "the rest when every rank is done"
+
+
 @pytest.mark.parametrize("key", ["seed", "batch", "objective"])
 def test_resume_refuses_another_run(key, shared_dir, tmp_path):
     tokens = token_set(shared_dir)
@@ -234,6 +229,16 @@ def test_resume_refuses_another_run(key, shared_dir, tmp_path):
     assert other.resume_point((key,)).name == "checkpoint-2"
     with pytest.raises(UserError, match="--accept: nothing is called 'sed'; did you mean 'seed'"):
         other.resume_point((key, "sed"))
+
+
+def test_an_accepted_model_must_have_the_same_weights(shared_dir, tmp_path):
+    tokens, keys = token_set(shared_dir), {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer_of("bert", tokens, tmp_path, **keys).run()
+    wider = small_model("bert", tokens.vocab(), LENGTH, dropout=True, hidden_size=64)
+    with pytest.raises(UserError, match=r"--accept model: .*has shape .* the weights must be the same"):
+        lmssl.PretrainTrainer(wider, OBJECTIVE["bert"], tokens, arguments(tmp_path, **keys), LENGTH, quiet=True).resume_point(("model",))
+    other = small_model("bert", tokens.vocab(), LENGTH, dropout=True, hidden_dropout_prob=0.3)
+    assert lmssl.PretrainTrainer(other, OBJECTIVE["bert"], tokens, arguments(tmp_path, **keys), LENGTH, quiet=True).resume_point(("model",)).name == "checkpoint-2"
 
 
 def test_a_longer_run_goes_on_at_the_rate_of_its_own_schedule(shared_dir, tmp_path):
@@ -291,23 +296,6 @@ def test_a_finite_run_is_the_same_whether_its_numbers_are_waited_for(optimizer, 
     for a, b in zip(*(weights(run).values() for run in runs)):
         assert apart(b.double(), a.double()) < 1e-7  # weight decay is rounded once more
     assert list(runs[0].guard.norms) == pytest.approx(list(runs[1].guard.norms), rel=1e-5)
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_at_the_step_boundary(signum, shared_dir, tmp_path):
-    tokens = token_set(shared_dir)
-    trainer = trainer_of("bert", tokens, tmp_path, max_steps=6, save_strategy="steps", save_steps=100)
-    trainer.add_callback(At(2, lambda control: os.kill(os.getpid(), signum)))
-    before = signal.getsignal(signum)
-    with pytest.raises(Interrupted) as caught:
-        trainer.run()
-    assert caught.value.exit_code == 128 + signum
-    assert signal.getsignal(signum) == before
-    resumed = trainer_of("bert", tokens, tmp_path, max_steps=6, save_strategy="steps", save_steps=100)
-    resumed.run(resumed.resume_point())
-    whole = trainer_of("bert", tokens, tmp_path / "whole", max_steps=6)
-    whole.run()
-    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values()))
 
 
 @pytest.mark.parametrize("architecture", SMALL)

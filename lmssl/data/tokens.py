@@ -10,12 +10,14 @@ Memory does not grow with the text, but for 8 bytes a document (16 while merging
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import mmap
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, pairwise
 from pathlib import Path
@@ -142,56 +144,71 @@ def write(
     Raises:
         UserError: no document, or so few that none is left to train on; a folder that holds something else.
     """
-    out = Path(out)
+    with _staged(Path(out)) as stage:
+        train, held = _Writer(stage / "train", tokenizer), _Writer(stage / "held_out", tokenizer)
+        dropped = _divide(texts, held_out, tests, train, held)
+        counts = {"train": train.close(), "held_out": held.close()}
+        if not counts["train"]["documents"]:
+            raise _nothing_to_train_on(sources or [], counts["held_out"]["documents"])
+        tokenizer.save(stage / "tokenizer")
+        manifest = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocabulary": tokenizer.size, "sources": sources or [], "duplicates": dropped["duplicates"], **counts}
+        manifest |= {"decontaminated": dropped["leaks"]} if tests is not None else {}
+        if bad and bad.skip:
+            manifest["bad_records"] = {"skipped": bad.count, "first": bad.first}
+        (stage / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return TokenSet(out)
+
+
+@contextlib.contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place at the end, and is gone where that is not reached."""
     if out.exists() and not _is_token_set(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: holds something that is not a token set, which it would replace; name another folder")
     stage = out.with_name(f"{out.name}.part-{os.getpid()}")
     shutil.rmtree(stage, ignore_errors=True)
-    seen, duplicates, leaks = _Seen(), 0, 0
-    train, held = _Writer(stage / "train", tokenizer), _Writer(stage / "held_out", tokenizer)
-    limit = below(held_out) if isinstance(held_out, int | float) else 0
-    waiting: tuple[int, str] | None = None  # the smallest hash so far: held out if nothing lies below the limit
     try:
-        for text, _ in () if isinstance(held_out, int | float) else held_out:
-            if seen.add(content_hash(text)):
-                held.add(text)
-        any_held = not isinstance(held_out, int | float)
-        for text, _ in texts:
-            value = content_hash(text)
-            if not seen.add(value):
-                duplicates += 1
-            elif value < limit:
-                held.add(text)
-                any_held = True
-            elif tests is not None and len(tests.found_in(text)):
-                leaks += 1
-            elif limit and not any_held and (waiting is None or value < waiting[0]):
-                if waiting:
-                    train.add(waiting[1])
-                waiting = (value, text)
-            else:
-                train.add(text)
-        if waiting:
-            (train if any_held else held).add(waiting[1])
-        counts = {"train": train.close(), "held_out": held.close()}
-        if not counts["train"]["documents"]:
-            names, held_back = ", ".join(s["path"] for s in (sources or [])[:3]), counts["held_out"]["documents"]
-            why = ": the only one is held out" if held_back == 1 else f": all {held_back:,} are held out"
-            way_out = f"{why} (a smaller data.held_out; a .txt file as several documents: FILE::paragraph)" if held_back else "; is the text empty?"
-            raise UserError(f"data.text: {names}{': ' if names else ''}no document to train on{way_out}")
-        tokenizer.save(stage / "tokenizer")
-        manifest = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocabulary": tokenizer.size, "sources": sources or [], "duplicates": duplicates, **counts}
-        manifest |= {"decontaminated": leaks} if tests is not None else {}
-        if bad and bad.skip:
-            manifest["bad_records"] = {"skipped": bad.count, "first": bad.first}
-        (stage / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        yield stage
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         stage.rename(out)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
-    return TokenSet(out)
+
+
+def _divide(texts: Iterable[tuple[str, str]], held_out: float | Iterable[tuple[str, str]], tests: Grams | None, train: _Writer, held: _Writer) -> Counter[str]:
+    """Each document into one of the two, or into neither: how many `duplicates` and `leaks` there were."""
+    seen, dropped = _Seen(), Counter[str]()
+    fraction, own = (held_out, ()) if isinstance(held_out, int | float) else (0, held_out)
+    limit, any_held = below(fraction), False
+    waiting: tuple[int, str] | None = None  # the smallest hash so far: held out if nothing lies below the limit
+    for text, _ in own:
+        if seen.add(content_hash(text)):
+            held.add(text)
+    for text, _ in texts:
+        value = content_hash(text)
+        if not seen.add(value):
+            dropped["duplicates"] += 1
+        elif value < limit:
+            held.add(text)
+            any_held = True
+        elif tests is not None and len(tests.found_in(text)):
+            dropped["leaks"] += 1
+        elif limit and not any_held and (waiting is None or value < waiting[0]):
+            if waiting:
+                train.add(waiting[1])
+            waiting = (value, text)
+        else:
+            train.add(text)
+    if waiting:
+        (train if any_held else held).add(waiting[1])
+    return dropped
+
+
+def _nothing_to_train_on(sources: list[dict[str, Any]], held_back: int) -> UserError:
+    names, why = ", ".join(s["path"] for s in sources[:3]), "the only one is held out" if held_back == 1 else f"all {held_back:,} are held out"
+    way_out = f": {why} (a smaller data.held_out; a .txt file as several documents: FILE::paragraph)" if held_back else "; is the text empty?"
+    return UserError(f"data.text: {names}{': ' if names else ''}no document to train on{way_out}")
 
 
 def _is_token_set(folder: Path) -> bool:

@@ -6,9 +6,20 @@ what is left is an ordinary checkpoint.
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from lmssl.errors import UserError
+
+
+def peft() -> Any:
+    """The library of low-rank updates."""
+    try:
+        import peft
+    except ImportError:
+        raise UserError("task.method: lora needs peft; pip install 'lmssl[tasks]'") from None
+    return peft
 
 
 def apply(model: PreTrainedModel, method: str, rank: int) -> PreTrainedModel:
@@ -22,12 +33,9 @@ def apply(model: PreTrainedModel, method: str, rank: int) -> PreTrainedModel:
         return model
     new = {id(p) for name, p in model.named_parameters() if name in getattr(model, "_lmssl_new", ())}
     if method == "lora":
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError:
-            raise UserError("task.method: lora needs peft; pip install 'lmssl[tasks]'") from None
+        library = peft()
         heads = {name.rpartition(".")[0] for name in getattr(model, "_lmssl_new", ())}
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=sorted(heads) or None), model)
+        library.inject_adapter_in_model(library.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=sorted(heads) or None), model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = id(parameter) in new or ".lora_" in name
     if not any(p.requires_grad for p in model.parameters()):

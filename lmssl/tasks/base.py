@@ -23,6 +23,7 @@ from lmssl.data.stream import generator, mix, permuted
 from lmssl.data.tokens import below, content_hash
 from lmssl.errors import UserError
 from lmssl.objectives.base import Family
+from lmssl.tasks import adapters
 from lmssl.tokenization import Tokenizer
 
 Item = dict[str, Any]
@@ -82,9 +83,14 @@ class FewLabels:
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank={self.lora_rank} must be at least 1")
 
-    def fitted(self, examples: Sequence[Any]) -> Any:
-        """The task with what is left to the labelled data decided."""
+    def fitted(self, train: Sequence[Any], test: Sequence[Any]) -> Any:
+        """The task with what is left to the labelled data decided, which the test set has no part in; refused where the two do not suit it."""
         return self
+
+    def check_packages(self) -> None:
+        """Refuse, before anything is trained, what needs a package that is not installed."""
+        if self.method == "lora":
+            adapters.peft()
 
     def writes(self, backbone: Backbone) -> bool:
         """Whether the model answers by writing text."""
@@ -216,7 +222,9 @@ class Task(Protocol):
         """Every labelled example of the sources; what is none is refused with file:line."""
         ...
 
-    def fitted(self, examples: Sequence[Any]) -> Any: ...
+    def fitted(self, train: Sequence[Any], test: Sequence[Any]) -> Any: ...
+
+    def check_packages(self) -> None: ...
 
     def writes(self, backbone: Backbone) -> bool: ...
 
@@ -289,19 +297,25 @@ def split_test(examples: list[Example], test: float) -> tuple[list[Example], lis
 
 
 def split_validation(labels: Sequence[str], share: float) -> tuple[list[int], list[int]]:
-    """(train, validation): places of examples in `nested` order, the share taken of each class, at least one in all.
+    """(train, validation): places of examples in `nested` order, the share taken of each class. Where classes are too small for that,
+    the last of some of them make the share of all up; at least one in all.
 
     >>> split_validation(["a", "b"] * 4, 0.25)
     ([0, 1, 2, 3, 4, 5], [6, 7])
     """
     seen: dict[str, int] = {}
-    held = []
+    held: list[int] = []
     for place, label in enumerate(labels):
         before = seen.get(label, 0)
         seen[label] = before + 1
         if int((before + 1) * share + 1e-9) > int(before * share + 1e-9):
             held.append(place)
-    held = held or [len(labels) - 1]
+    tested = {labels[place] for place in held}
+    for place in reversed(range(len(labels))):
+        if len(held) < int(len(labels) * share + 1e-9) and labels[place] not in tested and seen[labels[place]] > 1:
+            held.append(place)
+            tested.add(labels[place])
+    held = sorted(held) or [len(labels) - 1]
     out = set(held)
     return [i for i in range(len(labels)) if i not in out], held
 

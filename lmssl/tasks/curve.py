@@ -175,6 +175,7 @@ class Curve:
                 result["saved"] = True
             ledger.results.append(result)
             ledger.save(self._seconds())
+            self._forget(run, rate)
             self._say(ledger.results[-1], len(todo), number + 1, len(missing))
         results = [found for run in todo if (found := ledger.result(**vars(run)))]
         metrics = {
@@ -251,19 +252,20 @@ class Curve:
 
     def _tried(self, run: Run, rate: float) -> float:
         """The validation loss of one learning rate; infinite where training with it does."""
-        tried = {"labels": run.labels, "init": run.init, "learning_rate": rate}
+        tried, one = {"labels": run.labels, "init": run.init, "learning_rate": rate}, Run(run.labels, run.init, 0)
         loss = self.ledger.loss(**tried)
         if loss is None:
             few = self._few(0)[: run.labels]
             train, held = ([few[i] for i in places] for places in split_validation([shot.label for shot in few], self.task.validation))
             try:
-                model, _ = self._trained(Run(run.labels, run.init, 0), train, rate, "-tuning")
+                model, _ = self._trained(one, train, rate, "-tuning")
                 loss = self._loss(model, [item for shot in held for item in shot.items])
             except Diverged as error:
                 log.warning("%d labels, %s, learning rate %g: %s", run.labels, run.init, rate, error)
                 loss = math.inf
             self.ledger.tuning.append({**tried, "validation_loss": loss if math.isfinite(loss) else None})
             self.ledger.save(self._seconds())
+            self._forget(one, rate, "-tuning")
         return loss
 
     def _trained(self, run: Run, few: list[Shot], rate: float, kind: str = "", callbacks: Sequence[TrainerCallback] = ()) -> tuple[PreTrainedModel, int]:
@@ -277,7 +279,7 @@ class Curve:
         for name in ("max_steps", "logging_steps", "save_steps", "warmup_steps"):
             setattr(args, name, values[name])
         args.seed, args.learning_rate = run.seed, rate
-        folder = self.out / "checkpoints" / f"{run.labels}-{run.init}-{run.seed}-{rate:g}{kind}"
+        folder = self._folder(run, rate, kind)
         args.output_dir = str(folder)
         if args.max_steps <= args.save_steps:
             args.save_strategy = "no"
@@ -296,9 +298,15 @@ class Curve:
         if damaged and self.first:
             shutil.rmtree(folder)
         self.trainer.run(point)
-        if self.first:
-            shutil.rmtree(folder, ignore_errors=True)
         return adapters.merge(model, method), args.max_steps
+
+    def _folder(self, run: Run, rate: float, kind: str = "") -> Path:
+        """Where the checkpoints of a run lie until its result is in the ledger."""
+        return self.out / "checkpoints" / f"{run.labels}-{run.init}-{run.seed}-{rate:g}{kind}"
+
+    def _forget(self, run: Run, rate: float, kind: str = "") -> None:
+        if self.first:
+            shutil.rmtree(self._folder(run, rate, kind), ignore_errors=True)
 
     @torch.no_grad()
     def _loss(self, model: PreTrainedModel, items: list[Item]) -> float:

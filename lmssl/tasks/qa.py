@@ -107,9 +107,9 @@ class QuestionAnswering(FewLabels):
         """A record to predict."""
         return Question(corpus.text_of(record, self.context, where), "", where, corpus.text_of(record, self.question, where), str(record.get(self.id, where)))
 
-    def fitted(self, examples: Sequence[Any]) -> QuestionAnswering:
-        """`no_answer` decided by the labelled data."""
-        return self if self.no_answer is not None else dataclasses.replace(self, no_answer=any(not e.answers for e in examples))
+    def fitted(self, train: Sequence[Any], test: Sequence[Any]) -> QuestionAnswering:
+        """`no_answer` decided by the examples to train on."""
+        return self if self.no_answer is not None else dataclasses.replace(self, no_answer=any(not e.answers for e in train))
 
     def writes(self, backbone: Backbone) -> bool:
         """Whether the answer is written rather than chosen."""

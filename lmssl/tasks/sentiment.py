@@ -90,9 +90,9 @@ class Sentiment(FewLabels):
         if empty := [name for name, texts in self.answers.items() if not texts or not all(texts)]:
             raise ValueError(f"answers: class '{empty[0]}' has an empty one")
 
-    def fitted(self, examples: Sequence[Any]) -> Sentiment:
+    def fitted(self, train: Sequence[Any], test: Sequence[Any]) -> Sentiment:
         """Refuses answers for other classes than the examples have."""
-        classes, named = {e.label for e in examples}, set(self.answers)
+        classes, named = {e.label for e in (*train, *test)}, set(self.answers)
         if named and classes != named:
             raise UserError(f"task.answers: for the classes {', '.join(sorted(named))}; the examples have {', '.join(sorted(classes))}")
         return self
@@ -125,6 +125,8 @@ class Sentiment(FewLabels):
         if hasattr(backbone.config, "classifier_pooling"):
             changes["classifier_pooling"] = "mean"
         model = backbone.build(AutoModelForSequenceClassification, pretrained, seed, **changes)
+        if "classifier_pooling" in changes and pretrained and not model._lmssl_new:  # a trained head reads what it was trained on
+            model.config.classifier_pooling = backbone.config.classifier_pooling
         if self.answers:
             if backbone.family != "decoder" or not isinstance(getattr(model, "score", None), torch.nn.Linear):
                 raise UserError(f"task.answers: the head of {type(model).__name__} is not a projection of the state that predicts the next token; leave answers out")

@@ -109,19 +109,27 @@ class Translation(FewLabels):
         super().write_outputs(folder, "sources", examples, [" ".join(e.text.split()) for e in examples])
         super().write_outputs(folder, "references", examples, [" ".join(e.target.split()) for e in examples])
 
+    def check_packages(self) -> None:
+        super().check_packages()
+        _metrics()
+
     def finish(self, backbone: Backbone, model: PreTrainedModel) -> Tokenizer:
         decoder = backbone.family == "decoder"
         return backbone.tokenizer.for_inputs(backbone.length, closing=not decoder, padding_side="left" if decoder else "right")
 
 
-def bleu_and_chrf(written: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-    """Corpus BLEU and chrF2 as fractions, with sacrebleu's signatures."""
+def _metrics() -> Any:
     try:
-        from sacrebleu.metrics import BLEU, CHRF
+        from sacrebleu import metrics
     except ImportError:
         raise UserError("task: translation is scored by sacrebleu; pip install 'lmssl[tasks]'") from None
-    scores: dict[str, Any] = {}
-    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+    return metrics
+
+
+def bleu_and_chrf(written: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+    """Corpus BLEU and chrF2 as fractions, with sacrebleu's signatures."""
+    library, scores = _metrics(), dict[str, Any]()
+    for name, metric in (("bleu", library.BLEU()), ("chrf", library.CHRF())):
         scores[name] = metric.corpus_score(list(written), [list(references)]).score / 100
         scores[f"{name}_signature"] = str(metric.get_signature())
     return scores

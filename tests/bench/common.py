@@ -154,6 +154,7 @@ def spans(ids: list[int], sentinels: Sequence[int], eos: int, rng: Any, rate: fl
 def stock(
     turns: Any, kind: str, shape: str, folder: str, length: int, rows: int, steps: int, *,
     rate: float = 1e-3, seed: int = 0, keep: str | None = None, source: str = REVIEWS, most: int | None = 4000, held_out: float = 0.0, callbacks: Sequence[Any] | None = None,
+    best_on_cpu: bool = False,
 ) -> None:  # fmt: skip
     """The stock side: trains, with `turns` watching.
 
@@ -162,6 +163,7 @@ def stock(
         most: documents; None takes all.
         held_out: fraction of the documents, by content hash, that it must not see.
         callbacks: of the Trainer; unset: `turns` itself.
+        best_on_cpu: bfloat16 and compilation there too, which a script does not have unless it asks for them.
     """
     import torch
     import transformers
@@ -173,28 +175,38 @@ def stock(
     gpu = torch.cuda.is_available()
     # The attention that transformers chooses by itself; lmssl's choice for short rows is one of the things compared.
     model = model_of(kind, shape, TokenSet(folder), length, seed, init="default", attn_implementation="sdpa")
-    data, tokenizer = grouped((t for t in texts(source, most) if content_hash(t) >= below(held_out)), length, os.cpu_count() or 1)
-    turns.facts = {"tokens": rows * length, "parameters": sum(p.numel() for p in model.parameters())}
+    model.config.use_cache = False
+    raw = objective_of(kind).row_length(length)  # of T5 the rows that become `length` tokens, as its own preprocessing cuts them
+    data, tokenizer = grouped((t for t in texts(source, most) if content_hash(t) >= below(held_out)), raw, os.cpu_count() or 1)
+    turns.facts = {"tokens": rows * raw, "parameters": sum(p.numel() for p in model.parameters())}
     if gpu:
         turns.facts["flops"] = _flops(model.cuda(), kind, data, tokenizer) * rows
     if kind == "span_corruption":
         _t5_loop(turns, model, Spans(data, tokenizer, steps * rows, seed), rows, steps, rate, gpu, 4 if gpu else 0)
     else:
         # On a GPU with the flags that a user of transformers would find for it.
-        best = {
+        flags = {
             "bf16": machine.native_bf16("cuda"),
             "tf32": True,
             "torch_compile": True,
             "optim": "adamw_torch_fused",
             "dataloader_num_workers": 4,
+            "dataloader_persistent_workers": True,
+            "dataloader_drop_last": True,
+            "accelerator_config": {"non_blocking": True},
             "logging_nan_inf_filter": False,
         }
+        if not gpu:
+            flags = {"use_cpu": True, **({"bf16": True, "torch_compile": True} if best_on_cpu else {})}
         args = transformers.TrainingArguments(
             str(Path(folder).parent / f"stock-{kind}"), max_steps=steps, per_device_train_batch_size=rows, learning_rate=rate, seed=seed, lr_scheduler_type="linear",
             warmup_steps=steps // 20,
-            weight_decay=0.01, logging_steps=max(1, steps // 20), save_strategy="no", report_to="none", disable_tqdm=True, **(best if gpu else {"use_cpu": True}),
+            weight_decay=0.01, logging_steps=max(1, steps // 20), save_strategy="no", report_to="none", disable_tqdm=True, **flags,
         )  # fmt: skip
         collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=kind == "masked", mlm_probability=0.15)
+        if gpu or best_on_cpu:  # a mask of ones keeps FlashAttention out
+            collate = collator
+            collator = lambda some: {name: value for name, value in collate(some).items() if name != "attention_mask"}  # noqa: E731
         trainer = transformers.Trainer(model, args, collator, data, callbacks=list(callbacks or [turns]))
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
@@ -251,7 +263,7 @@ def _t5_loop(turns: Any, model: Any, rows: Spans, batch_size: int, steps: int, r
     import torch
     import transformers
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=gpu or None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
     model.train()
     forward = torch.compile(model) if gpu else model

@@ -38,7 +38,8 @@ def train(side: str, kind: str, size: int, folder: Path) -> dict[str, int]:
 
     tokens = TokenSet(folder / "tokens")
     vocab = dataclasses.replace(tokens.vocab(), size=size)
-    model = models.build(SHAPES["small"][kind] | DROPOUT[kind], vocab, objective_of(kind), LENGTH, 0)
+    own = {} if side == "ours" else {"attn_implementation": "sdpa"}  # what transformers chooses by itself
+    model = models.build(SHAPES["small"][kind] | DROPOUT[kind] | own, vocab, objective_of(kind), LENGTH, 0)
     before = held()
     if side == "ours":
         section = {"optimizer": "adamw", "output_dir": str(folder / "ours"), "max_steps": STEPS, "per_device_train_batch_size": ROWS, "save_strategy": "no"}

@@ -2,14 +2,16 @@
 
     python -m tests.bench.throughput [next_token masked span_corruption] [--shape middle] [--rows 32] [--length 256]
 
-Each side is a process of its own that sleeps while the other trains; medians of the pairs. Stock is fp32 and eager on a CPU; on a GPU it is bf16,
-compiled, with fused AdamW and workers. `matmul_share`: the executed matmul FLOPs of a step over what a bare bf16 product reaches on this machine.
-`--shape base` is GPT-2 124M, BERT base and T5 base, for a GPU: all sides begin at once there, since compilation is what takes long.
+Each side is a process of its own that sleeps while the other trains; medians of the pairs. Stock is fp32 and eager on a CPU
+(`--best-stock`: bf16 and compiled, where it has a Trainer); on a GPU it is bf16, compiled, with fused AdamW and workers. `matmul_share`: the
+executed matmul FLOPs of a step over what a bare bf16 product reaches on this machine. `--shape base` is GPT-2 124M, BERT base and T5 base, for a
+GPU: all sides begin at once there, since compilation is what takes long.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,23 +35,33 @@ SIZES = {"base": {"next_token": (16, 1024), "masked": (32, 512), "span_corruptio
 """Rows and tokens of a row, where they are not the options'."""
 
 
-def begin(kind: str, work: Callable[..., None], shape: str, rows: int, length: int, source: str, tokens: Path) -> Side:
+def begin(kind: str, work: Callable[..., None], shape: str, rows: int, length: int, source: str, tokens: Path, best: bool) -> Side:
     """A side, warm."""
     if work is ours:
         side = Side(ours, kind, shape, str(tokens), length, rows, 10**6, ADAMW | ({"batch": "given"} if shape in SIZES else {}))
     else:
-        side = Side(stock, kind, shape, str(tokens), length, rows, 10**6, source=source)
+        side = Side(stock, kind, shape, str(tokens), length, rows, 10**6, source=source, most=None if shape in SIZES else 4000, best_on_cpu=best)
     side.seconds(3)
     return side
 
 
-def measure(kind: str, shape: str, pairs: int, steps: int, sides: Sequence[Side]) -> dict[str, Any]:
-    """Their turns, as one JSON line."""
+def attempt(job: tuple[Any, ...]) -> Side | None:
+    """A side, or None where it cannot begin: the others go on."""
+    try:
+        return begin(*job)
+    except Exception as error:
+        print(f"{job[0]}, {job[1].__name__}: {error}", file=sys.stderr, flush=True)
+        return None
+
+
+def measure(kind: str, shape: str, pairs: int, steps: int, sides: Sequence[Side], peak: float | None) -> dict[str, Any]:
+    """Their turns, as one JSON line; `peak` where it is not the one that our side found when it began."""
     spent: list[list[float]] = [[], []]
     for number in range(pairs):
         for k in (0, 1) if number % 2 else (1, 0):
             spent[k].append(sides[k].seconds(steps) / sides[k].facts["tokens"])
     mine, theirs = (side.facts for side in sides)
+    mine |= {"peak": peak} if peak else {}
     seconds, slow = (sorted(side)[len(side) // 2] for side in spent)
     more = {
         "parameters": mine["parameters"],
@@ -65,7 +77,9 @@ def measure(kind: str, shape: str, pairs: int, steps: int, sides: Sequence[Side]
 
 
 def main() -> None:
-    from lmssl import from_iterable, load_tokenizer
+    import torch
+
+    from lmssl import from_iterable, load_tokenizer, machine
 
     parser = argparse.ArgumentParser()
     parser.add_argument("kinds", nargs="*", default=KINDS)
@@ -73,7 +87,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of a turn; 3, of the base shapes 30")
+    parser.add_argument("--best-stock", action="store_true", help="on a CPU, the Trainer with bf16 and torch_compile")
     parser.add_argument("--text", default=REVIEWS, help="as a recipe's data.text")
     options = parser.parse_args()
     sizes = SIZES.get(options.shape, {})
@@ -82,14 +97,19 @@ def main() -> None:
         tokens = Path(folder) / "tokens"
         from_iterable(texts(options.text, 4000), load_tokenizer(TOKENIZER), tokens, 0.02)
         for kinds in batched(options.kinds, at_once):
-            jobs = [(kind, work, options.shape, *sizes.get(kind, (options.rows, options.length)), options.text, tokens) for kind in kinds for work in (ours, stock)]
+            jobs = [
+                (kind, work, options.shape, *sizes.get(kind, (options.rows, options.length)), options.text, tokens, options.best_stock) for kind in kinds for work in (ours, stock)
+            ]
             with ThreadPoolExecutor(len(jobs) if sizes else 1) as pool:
-                sides = list(pool.map(lambda job: begin(*job), jobs))
+                sides = list(pool.map(attempt, jobs))
+            # Beside sides that are still warming up a GPU would look slower than it is.
+            peak = machine.matmul_peak(machine.device(), torch.bfloat16, torch.get_num_threads()) if at_once > 1 else None
             try:
                 for kind, pair in zip(kinds, batched(sides, 2), strict=True):
-                    measure(kind, options.shape, options.pairs, options.steps, pair)
+                    if all(pair):
+                        measure(kind, options.shape, options.pairs, options.steps or (30 if sizes and torch.cuda.is_available() else 3), pair, peak)
             finally:
-                for side in sides:
+                for side in filter(None, sides):
                     side.close()
 
 

@@ -87,6 +87,8 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         left = [p.name for p in out.glob(".*")]
         held = code == 0 and lost <= 1 and not left and same(whole, out)
         tally(held, f"save of step {step}{' over another' if over else ''}: exit {code}, {lost} saves lost, {left} left over: {resumed.text()[-200:]}")
+    if count >= 12:
+        tally(inside >= count // 3, f"only {inside} of {count} kills fell inside a save")
     tally.more = {"inside_the_save": inside, "save_seconds": round(span, 3)}
 
 

@@ -80,7 +80,7 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
                 made.run()
             except Diverged as error:
                 clean = all(torch.isfinite(p).all() for p in made.model.parameters()) or kind == "weight"
-                return [str(error), made.state.global_step, clean]
+                return [str(error), made.state.global_step, clean and len(updates) == step - 1]
             return ["no error", made.state.global_step, False]
 
         batch = 4 * world * accumulate

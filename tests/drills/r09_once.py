@@ -35,16 +35,17 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         batch = micro * world
         args = helpers.arguments(folder / "out", max_steps=-(-2 * rows // batch), per_device_train_batch_size=micro, dataloader_num_workers=workers, learning_rate=1e-9)
         made = lmssl.PretrainTrainer(helpers.small_model("gpt2", tokens.vocab(), length), helpers.OBJECTIVE["gpt2"], tokens, args, length, quiet=True)
-        found, original = [], made.training_step
+        found, wrong, original = [], [], made.training_step
 
         def training_step(model, inputs, *rest):
             at = made.state.global_step * batch + made.args.process_index * micro
             found.extend([at + k, row.tolist(), seg.tolist()] for k, (row, seg) in enumerate(zip(inputs["input_ids"], inputs["segments"], strict=True)))
+            wrong.extend(at + k for k, row in enumerate(inputs["input_ids"]) if row.tolist() != made.train_dataset.row(at + k).ids.tolist())
             return original(model, inputs, *rest)
 
         made.training_step = training_step
         made.run()
-        return found, rows
+        return found, rows, wrong
 
     for number in range(count):
         name, documents, length = f"set-{number}", draw.randint(5, 60), draw.choice([16, 24, 32])
@@ -54,9 +55,9 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         world, workers, micro = draw.choice([1, 2, 3]), draw.choice([0, 2]), draw.choice([1, 2, 3, 5])
         parts = ranks(world, lambda w=world, k=workers, m=micro, n=length, f=name: epoch(w, k, m, n, f), folder)
         rows = parts[0][1]
-        items = {item: [i for i, s in zip(ids, segs, strict=True) if s] for found, _ in parts for item, ids, segs in found}
-        repeated = sum(len(found) for found, _ in parts) - len(items)
-        held, why = not repeated, f"{repeated} items twice"
+        items = {item: [i for i, s in zip(ids, segs, strict=True) if s] for found, *_ in parts for item, ids, segs in found}
+        repeated, wrong = sum(len(found) for found, *_ in parts) - len(items), sum(len(part[2]) for part in parts)
+        held, why = not (repeated or wrong), f"{repeated} items twice, {wrong} not in the stream's order"
         for part in range(2):
             seen = Counter(tuple(items[i]) for i in range(part * rows, (part + 1) * rows))
             ordered = answer(lambda f=name, n=length: [row_ids(folder / f, n), []], folder)[0]

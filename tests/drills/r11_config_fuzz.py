@@ -173,6 +173,8 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         # -9: it was still training when the drill's time was up.
         endless += code == -9
         calm = "Traceback" not in output and ((code == 2 and len(errors) == 1) or code in (0, -9) or (code == 3 and len(errors) == 1))
+        if right:
+            tally(code != 0, f"{verb} {done}: accepted")
         if right and code == 2:
             typos += 1
             suggested += f"'{right}'" in errors[0] or re.search(rf"\b{re.escape(right)}\b", errors[0].partition(";")[2] or errors[0]) is not None

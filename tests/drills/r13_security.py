@@ -122,11 +122,11 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
         code, text = child.wait(), child.text()
         new = outside() - before
         calm = "Traceback" not in text and (refused is None or (code == 2) == refused)
-        tally(calm and not mark.exists() and not new, f"{name}: exit {code}, code ran {mark.exists()}, new files {sorted(new)[:3]}: {text[-300:]}")
+        ran = sorted(p.name for p in marks.iterdir())
+        tally(calm and not ran and not new, f"{name}: exit {code}, code ran {ran}, new files {sorted(new)[:3]}: {text[-300:]}")
 
     for name in draw.sample(BACKBONES, 1) if few else BACKBONES:
-        answer(lambda name=name: str(poisoned(folder, folder / "encoder", name, marks / f"{name} fine".replace(" ", "-"))), folder)
-        answer(lambda name=name: str(poisoned(folder, folder / "encoder", name, marks / f"{name} pre".replace(" ", "-"))), folder)
+        answer(lambda name=name: str(poisoned(folder, folder / "encoder", name, marks / name.replace(" ", "-"))), folder)
         shutil.rmtree(marks)
         marks.mkdir()
         tune = tuning(folder, "sentiment", name, folder / "tuned")

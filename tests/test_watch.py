@@ -1,0 +1,85 @@
+"""Signals, spikes, and what is left out: the guard of a run."""
+
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from lmssl.errors import Interrupted, Stopped
+from lmssl.optimizers import leaves_out
+from tests.helpers import token_set
+from tests.test_trainer import At, trainer_of, weights
+
+
+@pytest.mark.parametrize(("mine", "total", "expected"), [(0, 0.0, 0), (0, 2.0, signal.SIGTERM), (0, 15.0, signal.SIGTERM), (2, 2.0, signal.SIGINT)])
+def test_a_signal_to_one_of_many_ranks_stops_them_all(mine, total, expected, shared_dir, tmp_path, monkeypatch):
+    trainer = trainer_of("llama", token_set(shared_dir), tmp_path)
+    trainer.guard.signum = mine
+    monkeypatch.setattr(trainer, "_sum", lambda value: torch.tensor([total]))
+    ranks = SimpleNamespace(world_size=64)
+    trainer.guard.on_step_end(ranks, trainer.state, trainer.control)
+    assert trainer.guard.signum == expected
+    assert trainer.control.should_save is trainer.control.should_training_stop is bool(expected)
+
+
+def test_a_second_signal_of_the_same_kind_ends_at_once(shared_dir, tmp_path):
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path, max_steps=6)
+    trainer.add_callback(At(2, lambda control: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("on_spike", ["ignore", "warn", "stop"])
+def test_a_spike_is_said_or_stops_before_its_update(on_spike, shared_dir, tmp_path, caplog):
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path)
+    trainer.create_optimizer()
+    trainer.on_spike, trainer.gradient_norm = on_spike, torch.tensor(21.0)
+    trainer.guard.norms.extend([1.0] * 16)
+    look = lambda: trainer.guard.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)  # noqa: E731
+    if on_spike == "stop":
+        with pytest.raises(Stopped, match=r"21 times the usual.*no update was made"):
+            look()
+    else:
+        look()
+        assert ("21 times the usual" in caplog.text) == (on_spike == "warn")
+
+
+def test_a_signal_behind_the_last_step_is_not_said_to_have_saved(shared_dir, tmp_path):
+    class End(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path, max_steps=2)
+    trainer.add_callback(End())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_whether_an_optimizer_leaves_a_step_out_is_asked_of_its_groups():
+    """A checkpoint brings its own groups, whatever the optimizer was made with."""
+    optimizer = torch.optim.AdamW([torch.zeros(2, requires_grad=True)], fused=True)
+    assert leaves_out(optimizer)
+    optimizer.param_groups[0]["fused"] = None
+    assert not leaves_out(optimizer)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_at_the_step_boundary(signum, shared_dir, tmp_path):
+    tokens = token_set(shared_dir)
+    trainer = trainer_of("bert", tokens, tmp_path, max_steps=6, save_strategy="steps", save_steps=100)
+    trainer.add_callback(At(2, lambda control: os.kill(os.getpid(), signum)))
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted) as caught:
+        trainer.run()
+    assert caught.value.exit_code == 128 + signum
+    assert signal.getsignal(signum) == before
+    resumed = trainer_of("bert", tokens, tmp_path, max_steps=6, save_strategy="steps", save_steps=100)
+    resumed.run(resumed.resume_point())
+    whole = trainer_of("bert", tokens, tmp_path / "whole", max_steps=6)
+    whole.run()
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values()))
