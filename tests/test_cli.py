@@ -179,14 +179,21 @@ def test_report_refuses_what_is_no_run(tmp_path, capsys):
     assert "no metrics.json" in capsys.readouterr().err
 
 
-def test_show_at_step_is_what_the_run_read(corpus_file, tmp_path, capsys):
-    from lmssl.recipe import PretrainRecipe, preview
+def test_show_at_step_is_what_the_run_read(corpus_file, tmp_path, monkeypatch, capsys):
+    from lmssl.data.stream import Stream
+    from lmssl.recipe import PretrainRecipe, pretrain, preview
 
     keys = [f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=6", f"trainer.output_dir={tmp_path}"]
     keys += ["trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2", "trainer.seed=3"]
     recipe = PretrainRecipe.load(QUICKSTART, keys)
+    read: dict = {}
+    with monkeypatch.context() as patch:
+        original = Stream.__getitem__
+        patch.setattr(Stream, "__getitem__", lambda self, i: read.setdefault(i, original(self, i)) if len(self) == 24 else original(self, i))
+        pretrain(PretrainRecipe.load(QUICKSTART, [*keys, "trainer.save_strategy=no", "trainer.bf16=false"]), quiet=True)
     stream, _, items = preview(recipe, at_step=3)
     assert items == range(8, 12)
+    assert all(np.array_equal(stream[i][name], read[i][name]) for i in items for name in read[i])
     assert run(["show", str(QUICKSTART), "--at-step", "3", *keys]) == 0
     shown = capsys.readouterr().out
     assert [f"item {i} " in shown for i in range(7, 13)] == [False, True, True, True, True, False]

@@ -111,6 +111,12 @@ def test_learning_rates_are_chosen_on_the_few_labels_alone(data, backbones, tmp_
     assert {(t["labels"], t["init"]) for t in metrics["tuning"]} == {(8, "scratch"), (8, "pretrained"), (20, "scratch"), (20, "pretrained"), (40, "scratch")}
     assert len(metrics["tuning"]) == 5 * 3
     assert {len(items) for items in asked} == {2, 4, 10}, "a quarter of each of the two classes, rounded down"
+    recipe = FinetuneRecipe.of(sections("sentiment", backbones["decoder"], data, tmp_path / "again", **fields))
+    made = curve_of(recipe, resolve(recipe.trainer, finetune_defaults(), OWNED_BY_TASKS), True)
+    ids = lambda items: {tuple(item["input_ids"].tolist()) for item in items}  # noqa: E731
+    held = ids(item for items in asked for item in items)
+    assert held <= ids(item for shot in made._few(0) for item in shot.items)
+    assert not held & ids(item for items in made.task.encode(made.backbone, made.test) for item in items)
     for labels, init in {(t["labels"], t["init"]) for t in metrics["tuning"]}:
         best = min((t for t in metrics["tuning"] if (t["labels"], t["init"]) == (labels, init)), key=lambda t: t["validation_loss"])
         assert {r["learning_rate"] for r in metrics["results"] if (r["labels"], r["init"]) == (labels, init)} == {best["learning_rate"]}

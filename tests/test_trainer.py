@@ -425,7 +425,7 @@ def test_continue_from_a_checkpoint(corpus_file, tmp_path):
 
 
 def test_python_api_without_a_recipe(shared_dir, tmp_path):
-    """The example of the README."""
+    """Without `begin_from_text`, a sequence length or an optimizer."""
     tokens = token_set(shared_dir)
     model = lmssl.build_model({"architecture": "bert", **SMALL["bert"]}, tokens.vocab(), MaskedTokens(rate=0.3), seq_length=32, seed=0)
     trainer = lmssl.PretrainTrainer(model, objective=MaskedTokens(rate=0.3), train_dataset=tokens, args=arguments(tmp_path))
