@@ -34,7 +34,7 @@ OWNED = {
     "dataloader_in_order": "the stream decides the order",
     "bf16_full_eval": "held-out text is measured in float32",
     "fp16_full_eval": "held-out text is measured in float32",
-    "push_to_hub": "publish the finished folder with `hf upload`",
+    "push_to_hub": "publish the finished folder with `hf upload`, without checkpoint-*, and without metrics.json and report.html, which show rows of the text",
     "include_num_input_tokens_seen": "lmssl counts the tokens",
     "group_by_length": "the stream decides the order",
     "fsdp": WHOLE,
@@ -49,6 +49,7 @@ OWNED_BY_TASKS = OWNED | {
     "eval_steps": "each run is scored once, when it ends",
     "eval_on_start": "each run is scored once, when it ends",
     "eval_delay": "each run is scored once, when it ends",
+    "report_to": "the results of all runs stand in metrics.json",
     "batch": "a few labelled examples need no split; per_device_train_batch_size is theirs",
 }
 """The same for fine-tuning."""
@@ -210,8 +211,12 @@ def workers() -> int:
     return min(4, (os.cpu_count() or 1) // (2 * processes_here()))
 
 
-def pretrain_defaults() -> dict[str, Any]:
-    """What an unset trainer field is in pretraining; never the Trainer's own 5e-5."""
+def pretrain_defaults(continued: bool = False) -> dict[str, Any]:
+    """What an unset trainer field is in pretraining; never the Trainer's own 5e-5.
+
+    Args:
+        continued: from a checkpoint (`model.from`), which a new model's learning rate would undo.
+    """
     from lmssl.machine import device
 
     return {
@@ -219,7 +224,7 @@ def pretrain_defaults() -> dict[str, Any]:
         "batch": "given",
         "on_spike": "warn",
         "worker_timeout": 300.0,
-        "learning_rate": 3e-3,
+        "learning_rate": 1e-4 if continued else 3e-3,
         "lr_scheduler_type": "cosine",
         "weight_decay": 0.1,
         "adam_beta2": 0.99,

@@ -289,6 +289,11 @@ def _predict(options: argparse.Namespace) -> None:
                 print(json.dumps(row, ensure_ascii=False), file=file)
         if beside and target:
             beside.replace(target)
+    except UserError as error:
+        if beside and beside.stat().st_size:
+            done, beside = beside, None
+            raise UserError(f"{error}; the predictions before it are in {done}") from error
+        raise
     finally:
         if beside:
             beside.unlink(missing_ok=True)

@@ -263,6 +263,7 @@ def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Fami
     if info["missing_keys"]:
         log.warning("model.from: %s lacks %s; they start at random", source, ", ".join(sorted(info["missing_keys"])[:6]))
     model._lmssl_new = frozenset(info["missing_keys"])
+    model._weight_conversions = None  # or names of old (LayerNorm.gamma) that were read would be written again
     rows = model.get_input_embeddings().weight.shape[0]
     if vocab.size > rows:
         log.info("model.from: embeddings grown from %d to %d rows for the tokenizer's new tokens, each the mean of the old", rows, vocab.size)

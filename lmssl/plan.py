@@ -156,8 +156,8 @@ def cost(wanted: PretrainRecipe) -> Cost:
     objective, tokenizer = recipe.check(wanted)
     steps = _Steps()
     with tempfile.TemporaryDirectory() as folder:
-        values = arguments.resolve(wanted.trainer, arguments.pretrain_defaults())
-        values |= {"output_dir": folder, "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
+        values = arguments.resolve(wanted.trainer, arguments.pretrain_defaults("from" in wanted.model))
+        values |= {"output_dir": folder, "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none"}
         trainer, values = recipe.assemble(wanted, objective, tokenizer, values, quiet=False)
         trainer.add_callback(steps)
         trainer.run()

@@ -194,7 +194,7 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     from lmssl import beginnings, models, probe
 
     objective, tokenizer = check(recipe)
-    values = arguments.resolve(recipe.trainer, arguments.pretrain_defaults())
+    values = arguments.resolve(recipe.trainer, arguments.pretrain_defaults("from" in recipe.model))
     args = arguments.build(values)  # refuses before any text is read
     out, first = Path(args.output_dir), int(os.environ.get("RANK", 0)) == 0
     _check_kind(out, "objective", overwrite)
@@ -361,7 +361,7 @@ def preview(recipe: PretrainRecipe, rows: int | None = None, at_step: int | None
     """
     objective, tokenizer = make(recipe.objective), recipe.tokenizer()
     tokenizer.check(objective, recipe.objective["name"])
-    values = arguments.resolve(recipe.trainer, arguments.pretrain_defaults())
+    values = arguments.resolve(recipe.trainer, arguments.pretrain_defaults("from" in recipe.model))
     token_set = prepared(recipe.data, tokenizer)
     steps = arguments.with_steps(values, token_set.rows(objective.row_length(recipe.data.seq_length)))["max_steps"]
     size = batch or arguments.global_batch(values)
@@ -413,7 +413,7 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
         output.write(out / "recipe.yaml", config.dump(output.plain(resolved)))
         runs.ledger.save(runs.ledger.seconds)  # what is resumed before any run is finished is compared with this
     before = (output.read_json(out / "metrics.json") or {}) if resume else {}
-    metrics = runs.run() | {"leaks": leaks, "environment": output.environment()}
+    metrics = runs.run() | {"leaks": leaks, "continued_from": config.of_folder(recipe.source).get("model", {}).get("from"), "environment": output.environment()}
     if "evaluated" in before and not runs.saved:
         metrics["evaluated"] = before["evaluated"]
     if first:

@@ -132,7 +132,12 @@ def _finetuned(folder: Path, metrics: dict[str, Any], figure: Callable[..., str]
 
 
 def verdict(metrics: dict[str, Any]) -> str:
-    """One sentence on what pretraining bought, negative results included."""
+    """What pretraining bought, in a sentence, negative results included; and another where the backbone was continued from somebody's checkpoint."""
+    before = metrics.get("continued_from")
+    return _verdict(metrics) + (f" The other model has random weights, so this counts what {before} brought." if before else "")
+
+
+def _verdict(metrics: dict[str, Any]) -> str:
     intervals = [row["gain"]["interval"] for row in metrics["summary"]]
     mean, error = mean_gain(metrics)
     change = f"{metrics['task']} {metrics['metric']} by {100 * mean:+.1f} points on average"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -181,7 +182,7 @@ class Tokenizer:
 
         added = [token for role, token in ROLES.items() if role not in self.roles and role != "bos"]
         self.roles |= {role: token for role, token in ROLES.items() if token in added}
-        if sentinels:
+        if sentinels and len(self.sentinels) < len(SENTINELS):
             added += [s for s in SENTINELS if self.backend.token_to_id(s) is None]
             self.sentinels = list(SENTINELS)
         self.backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in added])
@@ -280,7 +281,19 @@ def load(source: str | Path) -> Tokenizer:
                 settings |= json.loads((folder / name).read_text(encoding="utf-8"))
     except Exception as error:  # the backend raises bare Exception
         raise UserError(f"data.tokenizer: {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not any(f"{role}_token" in settings for role in ("pad", "bos", "cls", "eos", "sep", "mask")):
+        settings |= _roles_of_class(folder)
     return _assemble(backend, settings, str(source))
+
+
+def _roles_of_class(folder: Path) -> dict[str, Any]:
+    """The special tokens of a folder whose files name none (google-bert's): transformers has them with the architecture's class."""
+    from transformers import AutoTokenizer
+
+    with contextlib.suppress(Exception):  # of many types, where there is no config.json that tells the class
+        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return {f"{role}_token": getattr(theirs, f"{role}_token", None) for role in ("pad", "bos", "cls", "eos", "sep", "mask")}
+    return {}
 
 
 def _assemble(backend: Any, settings: dict[str, Any], source: str) -> Tokenizer:
@@ -294,7 +307,7 @@ def _assemble(backend: Any, settings: dict[str, Any], source: str) -> Tokenizer:
         return value if isinstance(value, str) and backend.token_to_id(value) is not None else None
 
     roles = {"pad": text_of("pad"), "bos": text_of("bos") or text_of("cls"), "eos": text_of("eos") or text_of("sep"), "mask": text_of("mask")}
-    sentinels = [s for s in SENTINELS if backend.token_to_id(s) is not None]
+    sentinels = [found for s in SENTINELS if (found := next((t for t in (s, f"▁{s}") if backend.token_to_id(t) is not None), None))]  # mT5's are ordinary pieces
     drop = {f"{role}_token" for role in (*roles, "additional_special")} | {"extra_special_tokens", "additional_special_tokens"}
     kept = {k: v for k, v in settings.items() if k not in drop}
     return Tokenizer(backend, {r: t for r, t in roles.items() if t}, sentinels, kept, source)
@@ -328,6 +341,9 @@ def _load_slow(source: str | Path, folder: Path) -> Tokenizer:
         slow = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
         backend = slow.backend_tokenizer
     except Exception as error:
+        missing = [name for name, package in (("sentencepiece", "sentencepiece"), ("google", "protobuf")) if importlib.util.find_spec(name) is None]
+        if any(folder.glob("*.model")) and missing:
+            raise UserError(f"data.tokenizer: {source} holds a SentencePiece model alone; to read it: pip install sentencepiece protobuf") from error
         raise UserError(f"data.tokenizer: {source} holds no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
     return _assemble(backend, {f"{r}_token": getattr(slow, f"{r}_token", None) for r in ("pad", "bos", "cls", "eos", "sep", "mask")}, str(source))
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from lmssl.data.stream import Onwards, Stream, count_tokens
 from lmssl.errors import Interrupted, Stopped, UserError, fitting, refused, written
 from lmssl.objectives.base import token_loss
 from lmssl.optimizers import MuonAdamW, muon_groups, sizes_of
-from lmssl.watch import Clock, Guard, Progress, of_the_data
+from lmssl.watch import Clock, Guard, Progress, of_the_data, spare_worker
 
 log = logging.getLogger("lmssl")
 
@@ -197,7 +198,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         with refused("trainer.dataloader"):
             loader = super().get_train_dataloader()
         if self.args.dataloader_num_workers:
-            getattr(loader, "base_dataloader", loader).timeout = self.worker_timeout
+            base = getattr(loader, "base_dataloader", loader)
+            base.timeout, base.worker_init_fn = self.worker_timeout, partial(spare_worker, base.worker_init_fn)
         return loader
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:

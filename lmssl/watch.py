@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import signal
 import statistics
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,10 +163,17 @@ class Guard(TrainerCallback):
             yield
             return
 
+        came: dict[int, float] = {}
+        # torchrun passes on to its ranks what a scheduler had sent to each process already.
+        echo = 5.0 if "TORCHELASTIC_RUN_ID" in os.environ or self.trainer.args.world_size > 1 else 0.0
+
         def remember(signum: int, frame: Any) -> None:
-            self.signum = signum
-            signal.signal(signum, before[signal.Signals(signum)])
-            log.warning("%s: saving at the end of this step", signal.Signals(signum).name)
+            if signum not in came:
+                self.signum, came[signum] = signum, time.monotonic()
+                log.warning("%s: saving at the end of this step", signal.Signals(signum).name)
+            elif time.monotonic() - came[signum] >= echo:
+                signal.signal(signum, before[signal.Signals(signum)])
+                signal.raise_signal(signum)
 
         before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
         for s in before:
@@ -175,6 +183,22 @@ class Guard(TrainerCallback):
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
+
+
+def spare_worker(then: Callable[[int], None] | None, worker: int) -> None:
+    """In a data worker, as `worker_init_fn`: a signal that a whole group of processes gets (Ctrl-C, a scheduler's SIGTERM) is the training
+    process's to act on, which needs its workers until the end of the step. What the training process itself sends still ends them."""
+
+    def end_with_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if then is not None:
+        then(worker)
 
 
 class Progress(TrainerCallback):

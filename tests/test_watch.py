@@ -1,7 +1,10 @@
 """Signals, spikes, and what is left out: the guard of a run."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -83,3 +86,30 @@ def test_signal_saves_at_the_step_boundary(signum, shared_dir, tmp_path):
     whole = trainer_of("bert", tokens, tmp_path / "whole", max_steps=6)
     whole.run()
     assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values()))
+
+
+def test_a_signal_to_the_whole_group_is_acted_on_by_the_training_process(shared_dir, tmp_path):
+    """A terminal's Ctrl-C and a scheduler's SIGTERM reach the data workers too, which the step still needs."""
+
+    def everybody(control):
+        for child in multiprocessing.active_children():
+            for name in ("TERM", "INT"):
+                subprocess.run(["kill", f"-{name}", str(child.pid)], check=True)  # whose sender is not the parent
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path, max_steps=6, dataloader_num_workers=1)
+    trainer.add_callback(At(2, everybody))
+    with pytest.raises(Interrupted, match=r"SIGTERM: saved .*checkpoint-3"):
+        trainer.run()
+    assert (tmp_path / "checkpoint-3" / "lmssl-manifest.json").is_file()
+    assert not multiprocessing.active_children()
+
+
+def test_an_echo_of_a_signal_is_not_a_second_one(shared_dir, tmp_path, monkeypatch):
+    """torchrun passes on what the scheduler had sent to each rank already."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path, max_steps=6)
+    trainer.add_callback(At(2, lambda control: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]))
+    with pytest.raises(Interrupted, match="SIGTERM: saved"):
+        trainer.run()

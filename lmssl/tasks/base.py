@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lmssl import models, output, tokenization
+from lmssl.config import of_folder as config_of_folder
 from lmssl.data import corpus
 from lmssl.data.stream import generator, mix, permuted
 from lmssl.data.tokens import below, content_hash
@@ -143,7 +144,9 @@ class Backbone:
             raise UserError(f"data.max_length: {max_length} tokens, but the backbone has {limit} positions")
         tokenizer = tokenization.load(source)
         tokenizer.vocab()  # refuses one without eos
-        return cls(source, config, models.family_of(config), tokenizer, max_length or limit or UNBOUNDED, tuple(classes))
+        trained = config_of_folder(source).get("data", {}).get("seq_length")  # a continued checkpoint may have positions for more
+        usual = min(limit, trained or limit) if limit else UNBOUNDED
+        return cls(source, config, models.family_of(config), tokenizer, max_length or usual, tuple(classes))
 
     @property
     def pad(self) -> int:
@@ -172,8 +175,8 @@ class Backbone:
             renamed = self._renamed(auto)
             keys = {"config": config, **models.attention(self.length), "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
             model, info = auto.from_pretrained(self.source, output_loading_info=True, key_mapping=renamed, **keys)
-            if renamed:
-                model._weight_conversions = []  # or save_pretrained would rename them back, and from_pretrained not know them
+            # Else save_pretrained would rename them back, also those that it read under old names (LayerNorm.gamma).
+            model._weight_conversions = [] if renamed else None
         except ValueError as error:
             raise UserError(f"model.from: {config.model_type} has no {auto.__name__.removeprefix('AutoModel')} head in transformers: {str(error).splitlines()[0]}") from error
         except Exception as error:  # no weights, a pickle, a broken file: a type for each library in between

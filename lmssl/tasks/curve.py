@@ -75,12 +75,13 @@ def check(task: Task, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
             raise UserError(f"task.{name}: {min(counts)} labels cannot hold one example of each of {len(classes)} classes")
     if task.learning_rates and min([*task.labels, *task.scratch_labels]) < 2:
         raise UserError("task.learning_rates: a choice needs at least 2 labels, one to train on and one to validate")
+    least = min([*task.labels, *task.scratch_labels])
     for seed in range(task.seeds) if task.classes else ():
-        few = {train[i].label for i in nested(train, seed)[: min([*task.labels, *task.scratch_labels])]}
+        few = {train[i].label for i in nested(train, seed)[:least]}
+        if seed == 0 and len(few) < len(classes):
+            log.warning("of %d classes %d are too rare for the first %d labels: %s ...", len(classes), len(classes) - len(few), least, ", ".join(sorted(set(classes) - few)[:5]))
         if len(few) < 2:
-            raise UserError(
-                f"task.labels: the first {min([*task.labels, *task.scratch_labels])} examples of seed {seed} are all '{few.pop()}', as rare as the others are; ask for more"
-            )
+            raise UserError(f"task.labels: the first {least} examples of seed {seed} are all '{few.pop()}', as rare as the others are; ask for more")
     for example in test:
         if task.classes and example.label not in classes:
             raise UserError(f"{example.where}: the class '{example.label}' is not in the training data ({', '.join(classes)}); leave it out, or give data.test as files")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -224,9 +225,9 @@ class Sentiment(FewLabels):
 
 def _class(record: dict[str, Any], column: str, where: str) -> str:
     label = corpus.field_of(record, column, where)
-    if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
         raise UserError(f"{where}: column '{column}' holds {label!r}, expected a class: text or a whole number")
-    return str(label)
+    return unicodedata.normalize("NFC", str(label)).strip()
 
 
 def macro_f1(truth: np.ndarray, guesses: np.ndarray) -> float:

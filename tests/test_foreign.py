@@ -1,0 +1,95 @@
+"""Checkpoints of others, continued and fine-tuned: their tokens, names and sizes are kept."""
+
+import json
+import shutil
+
+import pytest
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from lmssl import arguments, config, report, tokenization
+from lmssl.cli import run
+from lmssl.errors import UserError
+from lmssl.recipe import PretrainRecipe, pretrain
+from lmssl.tasks.base import Backbone
+from tests.helpers import SMALL, sentences
+
+WORDS = sorted({word.strip(".,").lower() for text in sentences(300) for word in text.split()})
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """As google-bert's: no settings name a special token, LayerNorm has its old names, there is room for more tokens than are read."""
+    folder = tmp_path_factory.mktemp("bert")
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "model_max_length": 64}')
+    sizes = SMALL["bert"] | {"max_position_embeddings": 64, "vocab_size": len(WORDS) + 5}
+    transformers.BertForMaskedLM(transformers.BertConfig(**sizes)).save_pretrained(folder)
+    old = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v for k, v in load_file(folder / "model.safetensors").items()}
+    save_file(old, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def recipe_of(bert, corpus_file, out, **trainer):
+    data = {"text": str(corpus_file), "seq_length": 32, "held_out": 0.1}
+    trainer = {"output_dir": str(out), "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "bf16": False, **trainer}
+    return PretrainRecipe.of({"data": data, "model": {"from": str(bert)}, "objective": {"name": "masked"}, "trainer": trainer})
+
+
+def test_special_tokens_are_those_of_the_architecture(bert):
+    tokenizer = tokenization.load(bert)
+    assert tokenizer.roles == {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "mask": "[MASK]"}
+
+
+def test_a_checkpoint_of_somebody_else_s_is_continued_and_resumed(bert, corpus_file, tmp_path):
+    recipe = recipe_of(bert, corpus_file, tmp_path / "run")
+    pretrain(recipe, quiet=True)
+    assert len(tokenization.load(tmp_path / "run").backend.get_vocab()) == len(WORDS) + 5, "nothing is added that is there"
+    assert not any("gamma" in name or "beta" in name for name in load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors"))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    for name in ("metrics.json", "model.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    assert pretrain(recipe, resume=True, quiet=True)["steps"] == 4
+    _, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "run", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+def test_a_continued_checkpoint_is_not_overrun(bert, corpus_file, tmp_path):
+    """A new model's rate would undo it; a classifier reads as much as it was trained on, not all that there are positions for."""
+    pretrain(recipe_of(bert, corpus_file, tmp_path / "run", max_steps=1), quiet=True)
+    assert config.of_folder(tmp_path / "run")["trainer"]["learning_rate"] == arguments.pretrain_defaults(continued=True)["learning_rate"] == 1e-4
+    assert Backbone.load(str(tmp_path / "run")).length == 32
+    assert Backbone.load(str(bert)).length == 64
+
+
+def test_the_verdict_says_what_else_was_bought(bert, corpus_file, tmp_path, capsys):
+    pretrain(recipe_of(bert, corpus_file, tmp_path / "run", max_steps=1), quiet=True)
+    args = ["task.labels=[8]", "task.seeds=2", "trainer.max_steps=1", "data.test=0.2", f"data.train={corpus_file}", f"model.from={tmp_path / 'run'}"]
+    assert run(["finetune", "recipes/finetune/quickstart.yaml", *args, f"trainer.output_dir={tmp_path / 'out'}"]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["continued_from"] == str(bert)
+    assert f"this counts what {bert} brought" in report.verdict(metrics)
+    assert "this counts what" in capsys.readouterr().out
+
+
+def test_sentinels_that_are_ordinary_pieces():
+    """mT5's."""
+    backend = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁<extra_id_{i}>", -1.0) for i in range(100))], 2))
+    found = tokenization._assemble(backend, {"pad_token": "<pad>", "eos_token": "</s>"}, "")
+    assert len(found.sentinels) == 100
+    assert found.sentinels[0] == "▁<extra_id_0>"
+    found.complete()
+    assert found.sentinels[0] == "▁<extra_id_0>", "what is there is not made again"
+
+
+def test_a_sentencepiece_model_alone_names_its_packages(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x07nothing")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
+    with pytest.raises(UserError, match="pip install sentencepiece protobuf"):
+        tokenization.load(tmp_path)
