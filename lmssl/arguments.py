@@ -173,6 +173,8 @@ def build(values: Mapping[str, Any]) -> TrainingArguments:
         raise UserError(f"trainer: {here} processes were begun on a machine of {gpus} GPU{'s' if gpus > 1 else ''}: --nproc-per-node {gpus}, or trainer.use_cpu=true")
     with refused("trainer"):
         args = TrainingArguments(**{k: v for k, v in values.items() if k not in OURS})
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        raise UserError("trainer.dataloader_persistent_workers: there are no workers; trainer.dataloader_num_workers=2 has some")
     _try(args, values)
     if not args.use_cpu and args.world_size > 1 and args.device.type == "cpu":
         args.use_cpu = True

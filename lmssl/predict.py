@@ -63,7 +63,8 @@ def _check_layout(checkpoint: str, task: Any, backbone: Any) -> None:
     here = [int(i) for i in task.encode(backbone, [example])[0][0]["input_ids"]]
     with refused(f"{checkpoint}: its tokenizer"):
         own = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)(*texts)
-    if own["input_ids"] != here or any(own.get("token_type_ids", ())):
+    typed = getattr(backbone.config, "type_vocab_size", 0) > 1 and any(own.get("token_type_ids", ()))
+    if own["input_ids"] != here or typed:
         raise UserError(
             f"{checkpoint}: was not fine-tuned by lmssl, and its tokenizer makes {backbone.tokenizer.decode(own['input_ids'])!r} of an input, lmssl "
             f"{backbone.tokenizer.decode(here)!r}{' without token types' if own['input_ids'] == here else ''}; transformers' pipeline reads it as it was trained"

@@ -167,7 +167,7 @@ def prepared(data: DataSection, tokenizer: Tokenizer, quiet: bool = False) -> To
     return tokens.prepare(data.text, tokenizer, data.held_out, data.decontaminate, on_bad_record=data.on_bad_record, quiet=quiet)
 
 
-def check(recipe: PretrainRecipe) -> tuple[Objective, Tokenizer]:
+def check(recipe: PretrainRecipe, resume: bool = False) -> tuple[Objective, Tokenizer]:
     """Everything that can be refused before any text is read: objective, family, configuration, tokenizer."""
     from lmssl import models
 
@@ -176,7 +176,8 @@ def check(recipe: PretrainRecipe) -> tuple[Objective, Tokenizer]:
     models.check_family(model, objective, recipe.objective["name"])
     tokenizer = recipe.tokenizer()
     tokenizer.check(objective, recipe.objective["name"])
-    tokenizer.check_architecture(model)
+    if "from" not in recipe.model and not resume:
+        tokenizer.check_architecture(model)
     return objective, tokenizer
 
 
@@ -193,7 +194,7 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     """
     from lmssl import beginnings, models, probe
 
-    objective, tokenizer = check(recipe)
+    objective, tokenizer = check(recipe, resume)
     values = arguments.resolve(recipe.trainer, arguments.pretrain_defaults("from" in recipe.model))
     args = arguments.build(values)  # refuses before any text is read
     out, first = Path(args.output_dir), int(os.environ.get("RANK", 0)) == 0
@@ -238,11 +239,9 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
 
 def _start(recipe: PretrainRecipe) -> int | None:
     """The decoder start that a continued checkpoint fixes."""
-    if "from" not in recipe.model:
-        return None
     from lmssl import models
 
-    return getattr(models.read_config(str(recipe.model["from"]), "model.from"), "decoder_start_token_id", None)
+    return getattr(models.read_config(str(recipe.model["from"]), "model.from"), "decoder_start_token_id", None) if "from" in recipe.model else None
 
 
 def _leavings(out: Path, *more: str) -> list[Path]:

@@ -174,6 +174,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
             manifest = checkpoints.facts(folder)
             made_with = manifest.get("identity", {})
+            self.earlier_data = self.earlier_data or manifest.get("earlier_data", [])
             self._begin = (step, manifest.get("items", step * made_with.get("batch", self.global_batch)))
             self._own = (*RATES, *MOMENTS) if "adam_beta2" in made_with else RATES
             # A batch of another size, accepted on resuming, may need more items than the steps of the whole run have.

@@ -111,6 +111,7 @@ def test_no_file_over_500_lines():
 
 def test_top_level():
     listed = subprocess.run(["git", "ls-tree", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert listed or not (ROOT / ".git").exists()
     assert {name for name in listed if not name.startswith(".")} <= TOP
     assert {p.name for p in ROOT.iterdir()} >= TOP
 

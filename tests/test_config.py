@@ -206,6 +206,18 @@ def test_found_by_the_fuzzer_in_fine_tuning(keys, message, tmp_path, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("name", ["eval_on_start", "eval_delay", "report_to"])
+def test_what_fine_tuning_decides(name):
+    with pytest.raises(UserError, match=f"trainer.{name}: not to be set"):
+        arguments.resolve({"output_dir": "x", name: 1}, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
+
+
+def test_float32_is_float32_on_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("lmssl.machine.native_bf16", lambda device: True)
+    assert arguments.hardware_defaults()["tf32"] is False
+
+
 def test_the_documented_defaults_are_the_defaults():
     """Every field of the table in docs/recipes.md that is a plain value."""
     text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text().partition("| field | pretraining | fine-tuning |")[2]

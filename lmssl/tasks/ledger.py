@@ -16,21 +16,24 @@ from lmssl.tasks.base import Backbone, Task
 
 NAME = "progress.json"
 INPUTS = 2
-"""Raised where a recipe comes to mean other inputs or steps than before: what was finished until then is of another curve."""
+"""Raised where a recipe comes to mean other inputs or steps than before: what was finished until then is of another curve. One more with a
+grid of learning rates, whose validation examples have changed since."""
 COUNTS = ("labels", "seeds", "scratch_labels")
 """Fields of a task that say how many runs there are, not how one of them goes."""
 FREE = ("output_dir", "logging", "save", "report_to", "run_name", "dataloader", "worker_timeout", "on_spike", "disable_tqdm", "log_level", "per_device_eval_batch_size")
 """Beginnings of the trainer fields that change no result."""
+UNSAID = [("tf32", False)]
+"""Values that earlier versions had without saying so."""
 
 
 def identity_of(task: Task, backbone: Backbone, train: Sequence[Any], test: Sequence[Any], values: Mapping[str, Any], threads: int) -> dict[str, Any]:
     """What every run of a curve depends on, flat, under the names that a recipe has for it."""
     fields = {f"task.{k}": v for k, v in dataclasses.asdict(task).items() if k not in COUNTS}  # type: ignore[call-overload]
-    fields |= {f"trainer.{k}": v for k, v in values.items() if not k.startswith(FREE)}
+    fields |= {f"trainer.{k}": v for k, v in values.items() if not k.startswith(FREE) and (k, v) not in UNSAID}
     if (processes := arguments.processes()) > 1:  # each step takes as many times the examples of one
         fields["processes"] = processes
     fields |= {"data.train": _content(train), "data.test": _content(test), "data.max_length": backbone.length}
-    return output.plain({"task": task.name, "model.from": _weights(backbone), **fields, "threads": threads, "inputs": INPUTS})
+    return output.plain({"task": task.name, "model.from": _weights(backbone), **fields, "threads": threads, "inputs": INPUTS + bool(task.learning_rates)})
 
 
 def _content(examples: Sequence[Any]) -> str:

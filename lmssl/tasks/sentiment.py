@@ -123,11 +123,10 @@ class Sentiment(FewLabels):
         """The classifier; the head is drawn from the seed for both inits. Class names stand in its configuration."""
         names = dict(enumerate(backbone.classes))
         changes: dict[str, Any] = {"num_labels": len(names), "id2label": names, "label2id": {c: i for i, c in names.items()}}
-        if hasattr(backbone.config, "classifier_pooling"):
+        trained = any("SequenceClassification" in name for name in backbone.config.architectures or ())
+        if hasattr(backbone.config, "classifier_pooling") and not trained:  # a trained head reads what it was trained on
             changes["classifier_pooling"] = "mean"
         model = backbone.build(AutoModelForSequenceClassification, pretrained, seed, **changes)
-        if "classifier_pooling" in changes and pretrained and not model._lmssl_new:  # a trained head reads what it was trained on
-            model.config.classifier_pooling = backbone.config.classifier_pooling
         if self.answers:
             if backbone.family != "decoder" or not isinstance(getattr(model, "score", None), torch.nn.Linear):
                 raise UserError(f"task.answers: the head of {type(model).__name__} is not a projection of the state that predicts the next token; leave answers out")
