@@ -129,12 +129,15 @@ def test_predictions_replace_a_file_when_they_are_whole(sentiment, capsys):
     out = sentiment / "labels.jsonl"
     out.write_text("mine\n")
     (sentiment / "late.jsonl").write_text('{"#1": "a film"}\n' * 600 + '{"#1": 3}\n')
-    assert "late.jsonl:601" in refusal(capsys, "predict", sentiment / "sent", sentiment / "late.jsonl", "--out", out)
+    said = refusal(capsys, "predict", sentiment / "sent", sentiment / "late.jsonl", "--out", out)
+    assert "late.jsonl:601" in said
+    assert f"the predictions before it are in {out}.part" in said
     assert out.read_text() == "mine\n"
-    assert not list(sentiment.glob("*.part"))
+    assert all("label" in json.loads(line) for line in (sentiment / "labels.jsonl.part").read_text().splitlines())
     (sentiment / "late.jsonl").write_text('{"#1": "a film"}\n' * 600)
     assert run(["predict", str(sentiment / "sent"), str(sentiment / "late.jsonl"), "--out", str(out)]) == 0
     assert len(out.read_text().splitlines()) == 600
+    assert not list(sentiment.glob("*.part"))
     link, elsewhere = sentiment / "link.jsonl", sentiment / "elsewhere.jsonl"
     link.symlink_to(elsewhere)
     assert run(["predict", str(sentiment / "sent"), str(sentiment / "late.jsonl"), "--out", str(link)]) == 0
