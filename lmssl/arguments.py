@@ -96,7 +96,7 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
     config.check_keys({name: None for name in section if name not in owned}, [*(fields - set(owned)), *OURS], "trainer")
     section = {name: value for name, value in section.items() if value is not None}  # null: as if it were not there
     for name in section:
-        if name in owned:
+        if name in owned and not (name in defaults and section[name] == defaults[name]):  # a resolved recipe says what it is
             raise UserError(f"trainer.{name}: not to be set: {owned[name]}")
     if isinstance(accelerator := section.get("accelerator_config"), dict) and {"split_batches", "dispatch_batches"} & set(accelerator):
         raise UserError("trainer.accelerator_config: split_batches and dispatch_batches are not to be set: item i of the stream belongs to one place in the batch")
@@ -217,7 +217,7 @@ def pretrain_defaults(continued: bool = False) -> dict[str, Any]:
     """What an unset trainer field is in pretraining; never the Trainer's own 5e-5.
 
     Args:
-        continued: from a checkpoint (`model.from`), which a new model's learning rate would undo.
+        continued: from a checkpoint (`model.from`), which a new model's learning rate would undo, and whose own held-out loss is measured first.
     """
     from lmssl.machine import device
 
@@ -237,6 +237,7 @@ def pretrain_defaults(continued: bool = False) -> dict[str, Any]:
         "seed": 0,
         "report_to": "none",
         **hardware_defaults(),
+        **({"eval_on_start": True} if continued else {}),
         **({"dataloader_num_workers": workers()} if device() == "cuda" else {}),
     }
 

@@ -157,7 +157,7 @@ def cost(wanted: PretrainRecipe) -> Cost:
     steps = _Steps()
     with tempfile.TemporaryDirectory() as folder:
         values = arguments.resolve(wanted.trainer, arguments.pretrain_defaults("from" in wanted.model))
-        values |= {"output_dir": folder, "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none"}
+        values |= {"output_dir": folder, "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none", "eval_on_start": False}
         trainer, values = recipe.assemble(wanted, objective, tokenizer, values, quiet=False)
         trainer.add_callback(steps)
         trainer.run()

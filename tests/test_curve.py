@@ -14,7 +14,7 @@ from lmssl.cli import run
 from lmssl.errors import UserError
 from lmssl.predict import predict
 from lmssl.recipe import FinetuneRecipe, curve_of, finetune
-from lmssl.tasks import base, curve, make_task
+from lmssl.tasks import base, baseline, curve, make_task
 from lmssl.tasks.curve import Run
 from tests.helpers import small_model, token_set
 
@@ -128,6 +128,19 @@ def test_learning_rates_are_chosen_on_the_few_labels_alone(data, backbones, tmp_
     page = (tmp_path / "out" / "report.html").read_text()
     assert "tf-idf" in page
     assert "equivalent" in page
+
+
+def test_a_result_goes_by_macro_f1_where_that_is_asked(data, backbones, tmp_path, capsys):
+    recipe = sections("sentiment", backbones["encoder"], data, tmp_path / "out", metric="macro_f1", seeds=1)
+    metrics = finetune(FinetuneRecipe.of(recipe), quiet=True)
+    assert metrics["metric"] == "macro_f1"
+    assert all(r["score"] == r["macro_f1"] and "accuracy" in r for r in metrics["results"])
+    train, test = curve.labelled(make_task({"name": "sentiment"}), str(data["sentiment"]), 12)
+    rare = [e for e in test if e.label == "0"][:1] + [e for e in test if e.label == "1"]
+    by_class, plain = (baseline.tfidf(train[:20], rare, metric)["score"] for metric in ("macro_f1", "accuracy"))
+    assert by_class != plain, "one example of the rare class is half of it"
+    assert run(["report", str(tmp_path / "out")]) == 0
+    assert "macro_f1 in percent" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_validation_split():

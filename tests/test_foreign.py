@@ -61,7 +61,9 @@ def test_a_checkpoint_of_somebody_else_s_is_continued_and_resumed(bert, corpus_f
 
 def test_a_continued_checkpoint_is_not_overrun(bert, corpus_file, tmp_path):
     """A new model's rate would undo it; a classifier reads as much as it was trained on, not all that there are positions for."""
-    pretrain(recipe_of(bert, corpus_file, tmp_path / "run", max_steps=1), quiet=True)
+    metrics = pretrain(recipe_of(bert, corpus_file, tmp_path / "run", max_steps=1), quiet=True)
+    assert metrics["curve"][0]["step"] == 0
+    assert 0 < metrics["curve"][0]["held_out_loss"] != metrics["held_out"]["loss"]
     assert config.of_folder(tmp_path / "run")["trainer"]["learning_rate"] == arguments.pretrain_defaults(continued=True)["learning_rate"] == 1e-4
     assert Backbone.load(str(tmp_path / "run")).length == 32
     assert Backbone.load(str(bert)).length == 64

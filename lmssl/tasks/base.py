@@ -207,7 +207,7 @@ class Task(Protocol):
     """What a task adds to the label curve: a frozen dataclass, a subclass of FewLabels."""
 
     name: ClassVar[str]
-    metric: ClassVar[str]
+    metric: Any
     """Which of the scores is the `score`; in [0, 1]."""
     column: ClassVar[str | None]
     """The field that names the column of a lone text, for inputs without columns; None where one text is not enough."""

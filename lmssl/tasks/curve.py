@@ -341,7 +341,7 @@ class Curve:
         rows = []
         for seed in range(self.task.seeds):
             examples = [self.train[i] for i in nested(self.train, seed)]
-            rows += [{"labels": n, "seed": seed, **baseline.tfidf(examples[:n], self.test)} for n in self.task.labels]
+            rows += [{"labels": n, "seed": seed, **baseline.tfidf(examples[:n], self.test, self.task.metric)} for n in self.task.labels]
         return rows
 
     def _say(self, result: dict[str, Any], total: int, done: int, missing: int) -> None:

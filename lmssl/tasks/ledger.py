@@ -22,13 +22,13 @@ COUNTS = ("labels", "seeds", "scratch_labels")
 """Fields of a task that say how many runs there are, not how one of them goes."""
 FREE = ("output_dir", "logging", "save", "report_to", "run_name", "dataloader", "worker_timeout", "on_spike", "disable_tqdm", "log_level", "per_device_eval_batch_size")
 """Beginnings of the trainer fields that change no result."""
-UNSAID = [("tf32", False)]
+UNSAID = [("tf32", False), ("metric", "accuracy")]
 """Values that earlier versions had without saying so."""
 
 
 def identity_of(task: Task, backbone: Backbone, train: Sequence[Any], test: Sequence[Any], values: Mapping[str, Any], threads: int) -> dict[str, Any]:
     """What every run of a curve depends on, flat, under the names that a recipe has for it."""
-    fields = {f"task.{k}": v for k, v in dataclasses.asdict(task).items() if k not in COUNTS}  # type: ignore[call-overload]
+    fields = {f"task.{k}": v for k, v in dataclasses.asdict(task).items() if k not in COUNTS and (k, v) not in UNSAID}  # type: ignore[call-overload]
     fields |= {f"trainer.{k}": v for k, v in values.items() if not k.startswith(FREE) and (k, v) not in UNSAID}
     if (processes := arguments.processes()) > 1:  # each step takes as many times the examples of one
         fields["processes"] = processes

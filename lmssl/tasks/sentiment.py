@@ -74,9 +74,10 @@ class Sentiment(FewLabels):
     """For each class, texts that may follow the cue, for example {"0": [" bad"], "1": [" good"]}: the head of a decoder begins as the rows
     by which the vocabulary projection predicts their first tokens (their mean), and so knows what pretraining knows (Schick and
     Schuetze's verbalizer; the same is done to the twin, whose rows are random)."""
+    metric: Literal["accuracy", "macro_f1"] = "accuracy"
+    """The score that a result goes by: `macro_f1`, the mean over the classes, where some are rare and count as much. Both are measured."""
 
     name: ClassVar[str] = "sentiment"
-    metric: ClassVar[str] = "accuracy"
     column: ClassVar[str | None] = "text"
     classes: ClassVar[bool] = True
 
