@@ -21,6 +21,7 @@ BEGIN, END = "<!-- benches: written by `make bench` -->", "<!-- end of benches -
 COMMANDS = {
     "objectives": ["tests.bench.objectives"],
     "throughput": ["tests.bench.throughput"],
+    "best": ["tests.bench.throughput", "next_token", "masked", "--best-stock"],
     "large": ["tests.bench.throughput", "next_token", "--shape", "large"],
     "memory": ["tests.bench.memory"],
     "preparation": ["tests.bench.preparation", "speed"],

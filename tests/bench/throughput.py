@@ -54,7 +54,7 @@ def attempt(job: tuple[Any, ...]) -> Side | None:
         return None
 
 
-def measure(kind: str, shape: str, pairs: int, steps: int, sides: Sequence[Side], peak: float | None) -> dict[str, Any]:
+def measure(name: str, pairs: int, steps: int, sides: Sequence[Side], peak: float | None) -> dict[str, Any]:
     """Their turns, as one JSON line; `peak` where it is not the one that our side found when it began."""
     spent: list[list[float]] = [[], []]
     for number in range(pairs):
@@ -73,7 +73,7 @@ def measure(kind: str, shape: str, pairs: int, steps: int, sides: Sequence[Side]
     if "flops" in theirs:  # on a GPU
         more |= {"stock_tokens_per_second": round(1 / slow), "stock_matmul_share": round(theirs["flops"] / theirs["tokens"] / slow / mine["peak"], 3)}
         more |= {"peak_tflops": round(mine["peak"] / 1e12), "memory_mb": mine["memory_mb"], "stock_memory_mb": theirs["memory_mb"]}
-    return report(f"throughput {kind} {shape}", *([1000 * s for s in side] for side in spent), unit="1,000 tokens", **more)
+    return report(name, *([1000 * s for s in side] for side in spent), unit="1,000 tokens", **more)
 
 
 def main() -> None:
@@ -107,7 +107,8 @@ def main() -> None:
             try:
                 for kind, pair in zip(kinds, batched(sides, 2), strict=True):
                     if all(pair):
-                        measure(kind, options.shape, options.pairs, options.steps or (30 if sizes and torch.cuda.is_available() else 3), pair, peak)
+                        name = f"throughput {kind} {options.shape}{', stock with bf16 and compilation' if options.best_stock else ''}"
+                        measure(name, options.pairs, options.steps or (30 if sizes and torch.cuda.is_available() else 3), pair, peak)
             finally:
                 for side in filter(None, sides):
                     side.close()
