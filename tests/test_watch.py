@@ -17,6 +17,14 @@ from tests.helpers import token_set
 from tests.test_trainer import At, trainer_of, weights
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c():
+    """What is begun in the background of a shell ignores SIGINT, and hands that down."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("mine", "total", "expected"), [(0, 0.0, 0), (0, 2.0, signal.SIGTERM), (0, 15.0, signal.SIGTERM), (2, 2.0, signal.SIGINT)])
 def test_a_signal_to_one_of_many_ranks_stops_them_all(mine, total, expected, shared_dir, tmp_path, monkeypatch):
     trainer = trainer_of("llama", token_set(shared_dir), tmp_path)
