@@ -26,6 +26,8 @@ SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
 ROLES = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "mask": "<mask>"}
 """The special tokens that a new tokenizer gets, by role."""
 KINDS = ("bpe", "wordpiece", "unigram")
+_NAMED = tuple(f"{role}_token" for role in ("pad", "bos", "cls", "eos", "sep", "mask"))
+"""Settings that name the tokens of a role."""
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -160,7 +162,6 @@ class Tokenizer:
         Args:
             config: the model's, of transformers.
         """
-        from transformers import AutoTokenizer
         from transformers.models.auto import tokenization_auto
 
         if config.model_type not in getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", ()):
@@ -169,7 +170,7 @@ class Tokenizer:
         with tempfile.TemporaryDirectory() as folder, contextlib.suppress(TypeError, ValueError, KeyError):  # where the class can make nothing of it
             self.save(folder)
             config.save_pretrained(folder)
-            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(text, add_special_tokens=False)["input_ids"]
+            found = _theirs(Path(folder))(text, add_special_tokens=False)["input_ids"]
         if found != self.backend.encode(text, add_special_tokens=False).ids:
             raise UserError(
                 f"model.architecture: transformers reads every tokenizer of a '{config.model_type}' by rules of that architecture's own, and this one as another than it is; "
@@ -281,19 +282,22 @@ def load(source: str | Path) -> Tokenizer:
                 settings |= json.loads((folder / name).read_text(encoding="utf-8"))
     except Exception as error:  # the backend raises bare Exception
         raise UserError(f"data.tokenizer: {path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not any(f"{role}_token" in settings for role in ("pad", "bos", "cls", "eos", "sep", "mask")):
-        settings |= _roles_of_class(folder)
+    if not any(name in settings for name in _NAMED):  # google-bert's: transformers has them with the architecture's class
+        with contextlib.suppress(Exception):  # of many types, where there is no config.json that tells the class
+            settings |= _named_by(_theirs(folder))
     return _assemble(backend, settings, str(source))
 
 
-def _roles_of_class(folder: Path) -> dict[str, Any]:
-    """The special tokens of a folder whose files name none (google-bert's): transformers has them with the architecture's class."""
+def _theirs(folder: Path) -> Any:
+    """The tokenizer as transformers loads it."""
     from transformers import AutoTokenizer
 
-    with contextlib.suppress(Exception):  # of many types, where there is no config.json that tells the class
-        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return {f"{role}_token": getattr(theirs, f"{role}_token", None) for role in ("pad", "bos", "cls", "eos", "sep", "mask")}
-    return {}
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _named_by(theirs: Any) -> dict[str, Any]:
+    """The special tokens that a tokenizer of transformers names, as settings."""
+    return {name: getattr(theirs, name, None) for name in _NAMED}
 
 
 def _assemble(backend: Any, settings: dict[str, Any], source: str) -> Tokenizer:
@@ -335,17 +339,14 @@ def _fetch(source: str) -> Path:
 
 def _load_slow(source: str | Path, folder: Path) -> Tokenizer:
     """A folder without tokenizer.json: transformers converts the old formats."""
-    from transformers import AutoTokenizer
-
     try:
-        slow = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
-        backend = slow.backend_tokenizer
+        theirs = _theirs(folder)
+        backend = theirs.backend_tokenizer
     except Exception as error:
-        missing = [name for name, package in (("sentencepiece", "sentencepiece"), ("google", "protobuf")) if importlib.util.find_spec(name) is None]
-        if any(folder.glob("*.model")) and missing:
+        if any(folder.glob("*.model")) and any(importlib.util.find_spec(name) is None for name in ("sentencepiece", "google")):
             raise UserError(f"data.tokenizer: {source} holds a SentencePiece model alone; to read it: pip install sentencepiece protobuf") from error
         raise UserError(f"data.tokenizer: {source} holds no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
-    return _assemble(backend, {f"{r}_token": getattr(slow, f"{r}_token", None) for r in ("pad", "bos", "cls", "eos", "sep", "mask")}, str(source))
+    return _assemble(backend, _named_by(theirs), str(source))
 
 
 def train(texts: Iterable[str], kind: str = "bpe", size: int = 8192) -> Tokenizer:
