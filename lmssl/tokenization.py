@@ -144,10 +144,13 @@ class Tokenizer:
         """The text of ids, special tokens shown."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def lacks(self, objective: Objective) -> list[str]:
+        """What an objective needs and the tokenizer has not, of "mask" and "sentinels"."""
+        return [need for need in sorted(objective.needs) if not (self.sentinels if need == "sentinels" else need in self.roles)]
+
     def check(self, objective: Objective, name: str) -> None:
         """Refuse a tokenizer that lacks what an objective needs, naming the command that adds it."""
-        missing = [r for r in ("eos",) if r not in self.roles]
-        missing += [need for need in sorted(objective.needs) if (need == "mask" and "mask" not in self.roles) or (need == "sentinels" and not self.sentinels)]
+        missing = ["eos"] * ("eos" not in self.roles) + self.lacks(objective)
         if missing:
             raise UserError(
                 f"data.tokenizer: {self.source or 'the tokenizer'} has no {' and no '.join(missing)} token, which objective '{name}' needs; "

@@ -73,6 +73,20 @@ def test_preparation_drops_the_offenders(tmp_path):
     assert contamination.leaked(made.held_out().texts(), made.texts()) == []
 
 
+def test_the_documents_that_are_held_out_are_those_that_nothing_may_overlap(tmp_path):
+    """Of files of their own; and the one of the smallest hash, where the fraction is too small to hold any."""
+    own = [" ".join(words(30, k)) for k in range(20)]
+    (tmp_path / "held.txt").write_text("\n".join(own[:3]))
+    (tmp_path / "text.txt").write_text("\n".join([*own[3:], *(f"again {text}" for text in own[:3])]))
+    made = tokens.prepare(str(tmp_path / "text.txt"), tokenizer(), str(tmp_path / "held.txt"), True, quiet=True)
+    assert (made.manifest["decontaminated"], made.manifest["train"]["documents"]) == (3, 17)
+    (tmp_path / "few.txt").write_text("\n".join([*own[:5], *(f"again {text}" for text in own[:5])]))
+    made = tokens.prepare(str(tmp_path / "few.txt"), tokenizer(), 1e-9, True, quiet=True)
+    assert [made.manifest[name] for name in ("decontaminated", "duplicates")] == [1, 0]
+    assert (made.manifest["held_out"]["documents"], made.manifest["train"]["documents"]) == (1, 8)
+    assert contamination.leaked(made.held_out().texts(), made.texts()) == []
+
+
 def test_documents_come_back_as_text(tmp_path):
     texts = sentences(700, seed=6)
     made = tokens.from_iterable(texts, tokenizer(), tmp_path / "t", 0.0)

@@ -366,3 +366,59 @@ def test_parquet_that_is_not_utf8_is_refused(damage, tmp_path):
     path.write_bytes(whole.replace(*damage))
     with pytest.raises(UserError, match=r"x.parquet: not a readable parquet file behind record 0: "):
         list(corpus.records(corpus.resolve(str(path))[0]))
+
+
+def test_ids_beyond_sixteen_bits(tmp_path):
+    """Llama 3, Qwen and mT5 have more than 65,536."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocab = ["<pad>", "</s>", "<unk>", *(f"w{n}" for n in range(70_000))]
+    backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(vocab)}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(vocab[:3])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>", "eos_token": "</s>"}))
+    texts = [f"w{n} w{69_999 - n}" for n in range(40)]
+    made = lmssl.from_iterable(texts, lmssl.load_tokenizer(str(tmp_path)), tmp_path / "tokens", 0.0)
+    assert list(made.texts()) == texts
+
+
+def test_text_that_is_written_in_many_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 500)
+    texts = list(dict.fromkeys(sentences(200)))
+    made = lmssl.from_iterable(texts, tokenizer(), tmp_path / "tokens", 0.0)
+    assert list(made.texts()) == texts
+    assert made.manifest["train"] == {"documents": len(texts), "tokens": made.tokens, "bytes": sum(len(t.encode()) for t in texts)}
+
+
+def test_duplicates_are_remembered_for_good():
+    seen = tokens._Seen()
+    assert all(seen.add(value) for value in range(0, 400_000, 2))
+    assert not any(seen.add(value) for value in range(0, 400_000, 2))
+    assert all(seen.add(value) for value in range(1, 1000, 2))
+
+
+def test_epochs_and_seeds_have_their_own_order_and_noise(shared_dir):
+    made = token_set(shared_dir)
+
+    def order(seed, epoch):
+        stream = Stream(made, NextToken(), 32, seed, 10**6)
+        return [stream.index(i)[1] for i in range(epoch * stream.rows, (epoch + 1) * stream.rows)]
+
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+    stream, other = (Stream(made, MaskedTokens(), 32, seed, 10**6) for seed in (1, 2))
+    later = next(i for i in range(stream.rows, 2 * stream.rows) if stream.index(i)[1] == stream.index(0)[1])
+    assert not np.array_equal(stream[0]["labels"], stream[later]["labels"]), "a row is masked anew in each epoch"
+    same = next(i for i in range(other.rows) if other.index(i)[1] == stream.index(i)[1])
+    assert not np.array_equal(stream[same]["labels"], other[same]["labels"]), "and by each seed"
+
+
+def test_a_bad_record_of_a_list_is_skipped_alone(tmp_path):
+    (tmp_path / "x.json").write_text('[{"text": "first"}, 5, {"text": "last"}]')
+    source = corpus.resolve(str(tmp_path / "x.json"))
+    bad = corpus.BadRecords(True)
+    assert [text for text, _ in corpus.documents(source, None, bad)] == ["first", "last"]
+    assert bad.count == 1
+    with pytest.raises(UserError, match=r"x\.json:\[1\]: expected a JSON object"):
+        list(corpus.documents(source))

@@ -1,5 +1,6 @@
 """Laws that hold for every objective, and what each paper promises, measured on 100k tokens."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmssl.data.stream import Collator, generator
+from lmssl.errors import UserError
 from lmssl.objectives import OBJECTIVES, Infilling, MaskedTokens, NextToken, SpanCorruption, fields_of, make
 from lmssl.objectives.base import Row
 from lmssl.objectives.toy import vocab
@@ -145,15 +147,35 @@ def test_whole_words_are_whole():
         assert np.array_equal(asked[at], asked[at - 1]), "a piece shares the fate of the piece before it"
 
 
+def runs_of(flags):
+    """Lengths of the runs of true values."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], np.asarray(flags, int), [0]])))
+    return (edges[1::2] - edges[::2]).tolist()
+
+
 def test_span_lengths_are_geometric():
-    """SpanBERT: mean 3.8 words before overlaps cut some short."""
+    """SpanBERT: p = 0.2 among 1 to 10 words, mean 3.8. Few spans in a long row, so that hardly any meet and one alone runs out of budget."""
     lengths = []
-    for _, out in stream_of(MaskedTokens(rate=0.1, unit="span"), 2000):
-        asked = (out["labels"] != -100).astype(int)
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], asked, [0]])))
-        lengths += (edges[1::2] - edges[::2]).tolist()
-    assert 3.3 < np.mean(lengths) < 4.0  # a budget that runs out cuts some short, neighbours merge
-    assert max(lengths) > 8
+    for i in range(600):
+        row = Row(np.full(4000, 700, np.int32), np.ones(4000, np.int32))
+        lengths += runs_of(MaskedTokens(rate=0.02, unit="span")(row, VOCAB, generator(0, i))["labels"] != -100)
+    law = 0.8 ** np.arange(10) / sum(0.8 ** np.arange(10))
+    assert np.mean(lengths) == pytest.approx(law @ np.arange(1, 11), abs=0.15)
+    assert [lengths.count(n) / len(lengths) for n in range(1, 11)] == pytest.approx(law, abs=0.02)
+
+
+@pytest.mark.parametrize("unit", ["word", "span"])
+def test_what_is_selected_together_is_of_one_document(unit):
+    """No token but the first carries a word's mark, so that each document is one word: whole or not at all, whatever its neighbours are."""
+    marks = dataclasses.replace(VOCAB, word_start=np.zeros(VOCAB.size, bool))
+    for i in range(200):
+        row = Row(np.full(24, 700, np.int32), np.repeat([1, 2, 3], 8).astype(np.int32))
+        asked = (MaskedTokens(rate=0.4, unit=unit)(row, marks, generator(0, i))["labels"] != -100).reshape(3, 8).sum(1)
+        assert sorted(asked.tolist()) == [0, 0, 8]
+    # Where every word is a document of its own no span can be longer, and twelve of 24 stand as chance has them.
+    row = Row(np.full(24, 700, np.int32), np.arange(1, 25, dtype=np.int32))
+    found = [len(runs_of(MaskedTokens(rate=0.5, unit=unit)(row, VOCAB, generator(0, i))["labels"] != -100)) for i in range(200)]
+    assert np.mean(found) == pytest.approx(12 * 13 / 24, abs=0.5)
 
 
 def test_span_corruption_statistics():
@@ -249,6 +271,20 @@ def test_rotation_and_deletion():
     assert turned == {(7, 8, 9, 6, 1), (8, 9, 6, 7, 1), (9, 6, 7, 8, 1)}
     sizes = [len(Infilling(rate=0, permute=0, delete_rate=0.25)(row, VOCAB, generator(0, i))["input_ids"]) - 1 for i in range(4000)]
     assert np.mean(sizes) == pytest.approx(3.0, abs=0.05)
+    changed = [Infilling(rate=0, permute=0, rotate=0.25)(row, VOCAB, generator(0, i))["input_ids"].tolist() != row.ids.tolist() for i in range(4000)]
+    assert np.mean(changed) == pytest.approx(0.25, abs=0.03)
+    masks = [(Infilling(rate=0, permute=0, mask_rate=0.1)(row, VOCAB, generator(0, i))["input_ids"] == VOCAB.mask).sum() for i in range(4000)]
+    assert np.mean(masks) == pytest.approx(4 * 0.1, abs=0.04)
+
+
+def test_a_share_of_the_sentences_is_shuffled():
+    """Of twenty sentences a tenth is two: they change places, or stay."""
+    row = Row(np.append(np.arange(6, 106), VOCAB.eos).astype(np.int32), np.ones(101, np.int32))  # a sentence ends at each multiple of five
+    for i in range(50):
+        out = Infilling(rate=0, permute=0.1)(row, VOCAB, generator(0, i))["input_ids"]
+        moved = (out != row.ids).sum()
+        assert moved <= 2 * 5
+        assert sorted(out.tolist()) == sorted(row.ids.tolist())
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -259,6 +295,19 @@ def test_recipe_section_round_trip(name):
 
 def test_plugin():
     assert isinstance(make({"name": "lmssl.objectives.masked:MaskedTokens", "rate": 0.2}), MaskedTokens)
+
+
+def test_a_plugin_names_what_it_lacks():
+    with pytest.raises(UserError, match=r"'tests\.test_objectives:Half' is not an objective: .* \(needs, lengths, most_labels, held_out is missing\)"):
+        make({"name": "tests.test_objectives:Half"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Half:
+    families = frozenset({"decoder"})
+
+    def row_length(self, model_length):
+        return model_length
 
 
 @pytest.mark.parametrize("fields", [{"rate": 0.0}, {"rate": 1.5}, {"rate": float("nan")}, {"mask": 0.8, "random": 0.3}, {"span_max": 0}, {"span_p": 0.0}])

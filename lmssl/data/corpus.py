@@ -213,7 +213,7 @@ def records(source: Source, on_bytes: Callable[[int], None] | None = None, bad: 
         return
     with formats.opened(source.path, on_bytes) as stream:
         if source.kind == "json":
-            yield from formats.json_file(stream, source.path)
+            yield from formats.json_file(stream, source.path, bad)
         elif source.kind == "parquet":
             yield from formats.parquet(stream, source.path)
         elif source.kind == "jsonl":

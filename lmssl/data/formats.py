@@ -205,7 +205,7 @@ def jsonl(stream: IO[bytes], path: str, bad: BadRecords) -> Iterator[Record]:
                 bad(UserError(f"{where}: expected a JSON object with a column for the text, got {type_in_words(record)}"))
 
 
-def json_file(stream: IO[bytes], path: str) -> Iterator[Record]:
+def json_file(stream: IO[bytes], path: str, bad: BadRecords) -> Iterator[Record]:
     """A JSON document: a list of records, or the questions of SQuAD, each with its context."""
     try:
         whole = json.loads(b"".join(iter(lambda: stream.read(2**20), b"")).decode("utf-8"))  # by pieces, each of which is weighed
@@ -215,9 +215,10 @@ def json_file(stream: IO[bytes], path: str) -> Iterator[Record]:
     if isinstance(whole, list):
         for number, record in enumerate(whole):
             where = f"{path}:[{number}]"
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: expected a JSON object with a column for the text, got {type_in_words(record)}")
-            yield record, where
+            if isinstance(record, dict):
+                yield record, where
+            else:
+                bad(UserError(f"{where}: expected a JSON object with a column for the text, got {type_in_words(record)}"))
         return
     try:
         for a, article in enumerate(whole["data"]):

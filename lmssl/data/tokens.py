@@ -182,6 +182,13 @@ def _divide(texts: Iterable[tuple[str, str]], held_out: float | Iterable[tuple[s
     fraction, own = (held_out, ()) if isinstance(held_out, int | float) else (0, held_out)
     limit, any_held = below(fraction), False
     waiting: tuple[int, str] | None = None  # the smallest hash so far: held out if nothing lies below the limit
+
+    def keep(text: str) -> None:
+        if tests is not None and len(tests.found_in(text)):
+            dropped["leaks"] += 1
+        else:
+            train.add(text)
+
     for text, _ in own:
         if seen.add(content_hash(text)):
             held.add(text)
@@ -192,17 +199,32 @@ def _divide(texts: Iterable[tuple[str, str]], held_out: float | Iterable[tuple[s
         elif value < limit:
             held.add(text)
             any_held = True
-        elif tests is not None and len(tests.found_in(text)):
-            dropped["leaks"] += 1
         elif limit and not any_held and (waiting is None or value < waiting[0]):
             if waiting:
-                train.add(waiting[1])
+                keep(waiting[1])
             waiting = (value, text)
         else:
-            train.add(text)
-    if waiting:
-        (train if any_held else held).add(waiting[1])
+            keep(text)
+    if waiting and any_held:
+        keep(waiting[1])
+    elif waiting:
+        held.add(waiting[1])
     return dropped
+
+
+def _held_of(texts: Iterable[str], fraction: float) -> Iterator[str]:
+    """The documents that a fraction holds out: those below its limit, or the one of the smallest hash."""
+    limit, any_held = below(fraction), False
+    waiting: tuple[int, str] | None = None
+    for text in texts:
+        value = content_hash(text)
+        if value < limit:
+            any_held = True
+            yield text
+        elif not any_held and (waiting is None or value < waiting[0]):
+            waiting = value, text
+    if waiting and limit and not any_held:
+        yield waiting[1]
 
 
 def _nothing_to_train_on(sources: list[dict[str, Any]], held_back: int) -> UserError:
@@ -256,9 +278,8 @@ def prepare(
         with _progress(total, quiet) as bar:
             grams = None
             if decontaminate:
-                limit = 0 if held else below(float(held_out))
-                own = ((text, where) for text, where in corpus.documents(train, None, corpus.BadRecords(skip)) if content_hash(text) < limit)
-                grams = Grams(text for text, _ in (corpus.documents(tests or held, None, corpus.BadRecords(skip)) if tests or held else own))
+                found = (text for text, _ in corpus.documents(tests or held or train, None, corpus.BadRecords(skip)))
+                grams = Grams(found if tests or held else _held_of(found, float(held_out)))
             bad = corpus.BadRecords(skip, "data.on_bad_record=skip leaves such records out")
             texts = corpus.documents(train, bar.update, bad)
             made = write(texts, tokenizer, folder, corpus.documents(held, bar.update, bad) if held else float(held_out), described, grams, bad)

@@ -21,6 +21,9 @@ OBJECTIVES: dict[str, type] = {
     "infilling": Infilling,
 }
 
+MEMBERS = ("families", "needs", "row_length", "lengths", "most_labels", "held_out")
+"""What an objective has beside its fields."""
+
 
 def make(section: Mapping[str, Any], where: str = "objective") -> Objective:
     """The objective of a recipe section: `{name: masked, rate: 0.3}`.
@@ -59,6 +62,7 @@ def _plugin(name: str, where: str) -> type:
         cls = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{where}.name: '{name}' cannot be imported: {error}") from error
-    if not (dataclasses.is_dataclass(cls) and isinstance(cls, type) and hasattr(cls, "families") and hasattr(cls, "row_length")):
-        raise UserError(f"{where}.name: '{name}' is not an objective: a frozen dataclass with families, row_length and __call__")
+    missing = [member for member in MEMBERS if not hasattr(cls, member)]
+    if not (dataclasses.is_dataclass(cls) and isinstance(cls, type)) or missing:
+        raise UserError(f"{where}.name: '{name}' is not an objective: a frozen dataclass with {', '.join(MEMBERS)} and __call__ ({', '.join(missing) or 'a dataclass'} is missing)")
     return cls
