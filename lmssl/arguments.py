@@ -15,7 +15,7 @@ from lmssl.errors import UserError, refused
 if typing.TYPE_CHECKING:
     from transformers import TrainingArguments
 
-FEWER_ROWS = "a smaller trainer.per_device_train_batch_size (gradient_accumulation_steps makes up for it), or trainer.batch=auto"
+FEWER_ROWS = "a smaller trainer.per_device_train_batch_size (gradient_accumulation_steps makes up for it)"
 WHOLE = "every process holds the whole model (docs/decisions/0020)"
 OWNED = {
     "ignore_data_skip": "a resumed run must skip what it consumed",
@@ -40,6 +40,7 @@ OWNED = {
     "fsdp": WHOLE,
     "fsdp_config": WHOLE,
     "deepspeed": WHOLE,
+    "parallelism_config": WHOLE,
 }
 """Fields that lmssl sets itself, and why."""
 
@@ -91,6 +92,8 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
     """
     from transformers import TrainingArguments
 
+    from lmssl.machine import native_bf16
+
     hints = typing.get_type_hints(TrainingArguments)
     fields = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     config.check_keys({name: None for name in section if name not in owned}, [*(fields - set(owned)), *OURS], "trainer")
@@ -100,6 +103,8 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
             raise UserError(f"trainer.{name}: not to be set: {owned[name]}")
     if isinstance(accelerator := section.get("accelerator_config"), dict) and {"split_batches", "dispatch_batches"} & set(accelerator):
         raise UserError("trainer.accelerator_config: split_batches and dispatch_batches are not to be set: item i of the stream belongs to one place in the batch")
+    if isinstance(accelerator, dict) and "gradient_accumulation_kwargs" in accelerator:
+        raise UserError("trainer.accelerator_config: gradient_accumulation_kwargs are not to be set: trainer.gradient_accumulation_steps says how a step is split")
     values = {k: config.convert(v, OURS.get(k) or hints[k], f"trainer.{k}") for k, v in section.items()}
     if not str(values.get("output_dir") or "").strip():
         raise UserError("trainer.output_dir: missing; name the folder of the run")
@@ -107,8 +112,13 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
     for name in ("save_strategy", "logging_strategy", "eval_strategy"):
         if getattr(values.get(name), "value", values.get(name)) in ("epoch", "best"):
             raise UserError(f"trainer.{name}: a run is one pass of max_steps, at whose end alone this would act; use steps, and {name.partition('_')[0]}_steps")
+    how = next((name for name in ("torch_compile_mode", "torch_compile_backend") if name in values), None)  # either makes transformers compile
+    if how and not values.setdefault("torch_compile", True):
+        raise UserError(f"trainer.{how}: says how to compile, and trainer.torch_compile=false that nothing is compiled; keep one of them")
     if {**defaults, **values}.get("optimizer") == "muon" and (unused := [name for name in ("optim", "optim_args") if name in values]):
         raise UserError(f"trainer.{unused[0]}: is of AdamW and its kin, and the optimizer is muon; trainer.optimizer=adamw takes it")
+    if values.get("use_cpu") and not defaults.get("use_cpu"):  # a GPU's precision and workers are none of the CPU's
+        defaults = {k: v for k, v in defaults.items() if k not in ("tf32", "dataloader_num_workers")} | {"bf16": native_bf16("cpu"), "use_cpu": True}
     if "num_train_epochs" in values:
         if "max_steps" in values:
             raise UserError("trainer.num_train_epochs: max_steps is set as well; keep one of them")
@@ -170,11 +180,14 @@ def build(values: Mapping[str, Any]) -> TrainingArguments:
 
     here, gpus = processes_here(), torch.cuda.device_count()
     if here > gpus > 0 and not values.get("use_cpu"):
-        raise UserError(f"trainer: {here} processes were begun on a machine of {gpus} GPU{'s' if gpus > 1 else ''}: --nproc-per-node {gpus}, or trainer.use_cpu=true")
+        way_out = f"torchrun --nproc-per-node {gpus} (accelerate launch --num_processes {gpus}), or trainer.use_cpu=true"
+        raise UserError(f"trainer: {here} processes were begun on a machine of {gpus} GPU{'s' if gpus > 1 else ''}: {way_out}")
     with refused("trainer"):
         args = TrainingArguments(**{k: v for k, v in values.items() if k not in OURS})
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         raise UserError("trainer.dataloader_persistent_workers: there are no workers; trainer.dataloader_num_workers=2 has some")
+    if args.fp16 and args.device.type == "cpu":
+        raise UserError("trainer.fp16: half precision is of GPUs; on a CPU trainer.bf16=true, where it has bfloat16")
     _try(args, values)
     if not args.use_cpu and args.world_size > 1 and args.device.type == "cpu":
         args.use_cpu = True

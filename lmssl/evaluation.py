@@ -54,7 +54,7 @@ def held_out(
         asked = labels != IGNORE
         outputs = model(**{k: v.to(device) for k, v in batch.items()})
         losses = nn.functional.cross_entropy(outputs.logits.reshape(len(labels), -1).float(), labels.to(device), ignore_index=IGNORE, reduction="none")
-        sums += torch.tensor([losses.double().sum().item(), asked.sum().item(), token_bytes[labels[asked]].sum().item(), len(items)], dtype=torch.float64)
+        sums += torch.tensor([losses.cpu().double().sum().item(), asked.sum().item(), token_bytes[labels[asked]].sum().item(), len(items)], dtype=torch.float64)
     model.train(training)
     nll, labels_seen, seen_bytes, rows = reduce(sums).tolist()
     return {

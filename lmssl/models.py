@@ -149,7 +149,7 @@ def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_le
         vocab: of the tokenizer; gives vocabulary size and every special id.
         objective: gives the lengths that positions must suffice for.
         seq_length: tokens the model reads.
-        seed: of the initial weights.
+        seed: of the initial weights, and of those that a continued checkpoint lacks.
 
     Raises:
         UserError: as `config_of`; too few positions; a vocabulary that contradicts the tokenizer.
@@ -157,13 +157,13 @@ def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_le
     config = config_of(section)
     family = family_of(config)
     needed = max(n for lengths in objective.lengths(seq_length).values() for n in lengths)
+    torch.manual_seed(seed)
     if "from" in section:
         return _continue(section, config, family, vocab, seq_length, needed)
     if section.get("vocab_size", vocab.size) != vocab.size:
         raise UserError(f"model.vocab_size: {section['vocab_size']}, but the tokenizer has {vocab.size} ids; leave it out")
     config.vocab_size = vocab.size
     _set_ids(config, family, vocab)
-    torch.manual_seed(seed)
     try:
         _set_positions(config, AUTO[family], section, needed)
         model = AUTO[family].from_config(config, **attention(seq_length, section))
@@ -263,7 +263,6 @@ def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Fami
     if info["missing_keys"]:
         log.warning("model.from: %s lacks %s; they start at random", source, ", ".join(sorted(info["missing_keys"])[:6]))
     model._lmssl_new = frozenset(info["missing_keys"])
-    model._weight_conversions = None  # or names of old (LayerNorm.gamma) that were read would be written again
     rows = model.get_input_embeddings().weight.shape[0]
     if vocab.size > rows:
         log.info("model.from: embeddings grown from %d to %d rows for the tokenizer's new tokens, each the mean of the old", rows, vocab.size)

@@ -7,6 +7,8 @@ do (float32, dropout, sliding windows, biases, short of compute capability 8.0) 
 
 from __future__ import annotations
 
+import inspect
+import sys
 from functools import partial
 from typing import Any
 
@@ -72,8 +74,14 @@ def supported() -> bool:
 
 def use_kernel(model: PreTrainedModel, causal: bool) -> None:
     """Have a model's attention use the borders of documents where a call has them, unless it has another implementation than transformers' first choice."""
-    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation() and not _windows_in_masks(model):
         model.set_attn_implementation(BEFORE if causal else BOTH)
+
+
+def _windows_in_masks(model: PreTrainedModel) -> bool:
+    """Whether some layers see less than a document, and say so by their mask alone (qwen2_moe, phimoe), which a kernel without masks would not see."""
+    partly = any(kind != "full_attention" for kind in getattr(model.config, "layer_types", None) or ()) or bool(getattr(model.config, "sliding_window", None))
+    return partly and "sliding_window=" not in inspect.getsource(sys.modules[type(model).__module__])
 
 
 def handed_on(borders: Tensor | None, length: int) -> dict[str, Any]:
@@ -100,6 +108,7 @@ def attend(
     """An attention implementation as transformers calls it: query, key and value [B, H, L, D] -> [B, L, H, D]."""
     autocast, dtype, width = torch.is_autocast_enabled(query.device.type), torch.get_autocast_dtype(query.device.type), query.shape[-1]
     asks_more = dropout or any(others.get(name) is not None for name in MASKED) or key.shape[2] != query.shape[2]
+    asks_more = asks_more or (attention_mask is not None and attention_mask.shape[1] != 1)  # each head has its own (doge)
     if cu_seq_lens_q is None or asks_more or not autocast or width % 8 or width > WIDEST or value.shape[-1] != width:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others)
     groups = query.shape[1] // key.shape[1]

@@ -8,9 +8,11 @@ is lowest at the tokens that the minutes buy at its measured speed; repeated tex
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import resource
+import signal
 import statistics
 import tempfile
 import time
@@ -24,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
 from lmssl import arguments, machine, models, output, packing, recipe
 from lmssl.data.stream import Stream, count_tokens
-from lmssl.errors import UserError
+from lmssl.errors import Interrupted, UserError, out_of_memory
 from lmssl.objectives.base import token_loss
 from lmssl.optimizers import outer_parameters
 from lmssl.recipe import FinetuneRecipe, PretrainRecipe
@@ -147,6 +149,17 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
+@contextlib.contextmanager
+def _thrown_away() -> Iterator[str]:
+    """A folder for a run that nobody keeps; a signal ends it without a word about what it saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield folder
+        except Interrupted as error:
+            name = signal.Signals(error.exit_code - 128).name
+            raise Interrupted(f"{name}: the dry run was stopped; nothing of it is kept", error.exit_code - 128) from None
+
+
 def cost(wanted: PretrainRecipe) -> Cost:
     """Run a few steps of a recipe in a folder that is thrown away.
 
@@ -155,7 +168,7 @@ def cost(wanted: PretrainRecipe) -> Cost:
     """
     objective, tokenizer = recipe.check(wanted)
     steps = _Steps()
-    with tempfile.TemporaryDirectory() as folder:
+    with _thrown_away() as folder:
         values = arguments.resolve(wanted.trainer, arguments.pretrain_defaults("from" in wanted.model))
         values |= {"output_dir": folder, "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none", "eval_on_start": False}
         trainer, values = recipe.assemble(wanted, objective, tokenizer, values, quiet=False)
@@ -177,7 +190,7 @@ def curve_cost(wanted: FinetuneRecipe) -> CurveCost:
     Raises:
         UserError: what `finetune` would refuse.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with _thrown_away() as folder:
         values = arguments.resolve(wanted.trainer, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
         runs = recipe.curve_of(wanted, values | {"output_dir": folder, "save_strategy": "no"}, quiet=True)
         watch, few = _Steps(), runs.test[:64]
@@ -287,7 +300,9 @@ def ladder(wanted: PretrainRecipe, minutes: float) -> Iterator[Rung]:
                 flops = machine.step_flops(model.to(args.device), batch, token_loss)
                 call = partial(models.output_for_loss, model, models.head_for_loss(model, stream.vocab, args))
                 seconds = machine.pass_seconds(model, batch, token_loss, call)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             if not seen:
                 raise UserError(f"trainer.per_device_train_batch_size: not even the smallest model fits into memory with {rows} rows; take fewer or shorter rows") from None
             return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from lmssl import arguments, machine, models, packing
+from lmssl.arguments import FEWER_ROWS
 from lmssl.data.stream import Collator, Stream
 from lmssl.data.tokens import TokenSet
 from lmssl.errors import Diverged, UserError, fitting
@@ -71,7 +74,12 @@ class PretrainTrainer(ExactTrainer):
         collator = packing.collator(stream, length, family, args.device)
         kernel = collator.most_documents is not None
         identity = train_dataset.identity | {"objective": section, "seed": args.seed, "batch": batch, "seq_length": length, "threads": torch.get_num_threads()}
-        identity |= {"bf16": bool(args.bf16), "torch_compile": bool(args.torch_compile), "optimizer": optimizer if optimizer == "muon" else args.optim.value.removesuffix("_fused")}
+        identity |= {
+            "bf16": bool(args.bf16),
+            "fp16": bool(args.fp16),
+            "torch_compile": bool(args.torch_compile),
+            "optimizer": optimizer if optimizer == "muon" else args.optim.value.removesuffix("_fused"),
+        }
         identity |= {name: getattr(args, name) for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")}
         self.held_out_stream = held_out_stream(stream, length, self.start)
         super().__init__(models.prepare(model, kernel), args, stream, collator, optimizer, identity, quiet, on_spike, worker_timeout, self.held_out_stream)
@@ -81,6 +89,8 @@ class PretrainTrainer(ExactTrainer):
         self.token_bytes = torch.from_numpy(stream.vocab.token_bytes).to(args.device)
         self.asked = torch.zeros(2, dtype=torch.int64, device=args.device)
         """Labelled tokens of this process since the last log line, and their bytes of text."""
+
+    fewer_rows = f"{FEWER_ROWS}, or, in a run begun anew, trainer.batch=auto"
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         labels = inputs["labels"].to(self.args.device)
@@ -101,9 +111,25 @@ class PretrainTrainer(ExactTrainer):
         self.asked.zero_()
         return loss * labels / math.log(2) / size if size else None
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
-        """Held-out loss and bits per byte of the model as it stands."""
-        with self.clock.paused("evaluation"):
+    @contextlib.contextmanager
+    def _plain(self) -> Iterator[None]:
+        """The model without what accelerate puts around its forward pass under fp16, also when the training is over."""
+        wrapped = self.model.__dict__.pop("forward", None)
+        try:
+            yield
+        finally:
+            if wrapped is not None:
+                self.model.forward = wrapped
+
+    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:  # type: ignore[override]
+        """Held-out loss and bits per byte of the model as it stands, in float32.
+
+        Raises:
+            UserError: a dataset; `lmssl evaluate RUN data.text=PATH` measures on other text.
+        """
+        if eval_dataset is not None:
+            raise UserError("eval_dataset: a run is judged by the held-out part of its own token set; other text: lmssl evaluate RUN data.text=PATH")
+        with self.clock.paused("evaluation"), self._plain():
             values = held_out(
                 self.model,
                 self.held_out_stream,

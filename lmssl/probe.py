@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from lmssl import config, machine, models
 from lmssl.arguments import FEWER_ROWS
 from lmssl.data.stream import Collator, Stream
-from lmssl.errors import UserError, fitting
+from lmssl.errors import UserError, fitting, out_of_memory
 from lmssl.objectives.base import token_loss
 
 log = logging.getLogger("lmssl")
@@ -70,7 +70,7 @@ def choose(values: Mapping[str, Any], args: TrainingArguments, model: PreTrained
         log.info("trainer.batch: %s", "; ".join(f"{rows // n} x {n} rows {s:.3f} s" for n, s in seconds.items()))
     if "torch_compile" not in done:
         size, parts, steps = done["per_device_train_batch_size"], done.get("gradient_accumulation_steps", 1), done["max_steps"]
-        with fitting(f"a pass of {size} rows", FEWER_ROWS):
+        with fitting(f"a pass of {size} rows", f"{FEWER_ROWS}, or trainer.batch=auto"):
             step = seconds.get(size) or _step(args, model, stream, collator, size, parts, 1)
             if step * steps > WORTH and size not in seconds:  # a first pass may only have been slow to start
                 step = _step(args, model, stream, collator, size, parts)
@@ -86,9 +86,12 @@ def fastest(args: TrainingArguments, model: PreTrainedModel, stream: Stream, col
     while True:
         try:
             seconds[size] = _step(args, model, stream, collator, size, rows // size)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
             model.zero_grad()
-            torch.accelerator.empty_cache()
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
         if seconds.get(size, float("inf")) < BETTER * seconds.get(best, float("inf")):
             best = size
         slower = size in seconds and seconds[size] > 1.2 * seconds[best]

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from lmssl import checkpoints, machine, models
-from lmssl.arguments import FEWER_ROWS, WHOLE
+from lmssl.arguments import FEWER_ROWS, OWNED, WHOLE
 from lmssl.data.stream import Onwards, Stream, count_tokens
 from lmssl.errors import Interrupted, Stopped, UserError, fitting, refused, written
 from lmssl.objectives.base import token_loss
@@ -35,6 +35,9 @@ log = logging.getLogger("lmssl")
 RATES, MOMENTS = ("lr", "initial_lr", "weight_decay"), ("betas", "eps")
 """What a resumed run takes from its own recipe and not from the checkpoint's optimizer; of the moments where the checkpoint says with which it was made
 (decision 0019)."""
+
+UNUSABLE = ("save_only_model", "load_best_model_at_end", "label_smoothing_factor", "auto_find_batch_size", "enable_jit_checkpoint", "bf16_full_eval", "fp16_full_eval")
+"""Of `OWNED`, what a caller from Python might ask for, and would not get."""
 
 
 class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
@@ -72,6 +75,9 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         worker_timeout: float = 300,
         eval_dataset: Any = None,
     ):
+        for name in UNUSABLE:
+            if getattr(args, name, None):
+                raise UserError(f"{name}: not to be set: {OWNED[name]}")
         args.train_sampling_strategy = "sequential"
         args.remove_unused_columns = args.logging_nan_inf_filter = False
         args.dataloader_in_order = True
@@ -79,14 +85,17 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         args.save_total_limit, args.average_tokens_across_devices = None, True
         args.disable_tqdm = True
         # accelerate's bf16 widens every output to float32: at a vocabulary of 8k that copy costs a quarter of the
-        # step. lmssl casts around the forward pass itself.
-        self.autocast = bool(args.bf16)
-        if self.autocast:
-            args.mixed_precision = "no"
+        # step. lmssl casts around the forward pass itself. What `accelerate launch` was told does not change a recipe.
+        self.autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        args.mixed_precision = "fp16" if args.fp16 else "no"
+        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"  # with torch_compile transformers says it itself
         if args.n_gpu > 1:
             # transformers would split each batch over threads of this process, and average what is summed here.
             log.warning("%d GPUs are visible and one is used; all of them: torchrun --nproc-per-node %d -m lmssl ...", args.n_gpu, args.n_gpu)
             args._n_gpu = 1
+        # A checkpoint's weights have the names that the model has, by which a resumed run finds them: no older names that they were read
+        # under (LayerNorm.gamma), and none that an architecture's files on the hub have instead (gpt_neox, mixtral).
+        model._weight_conversions = []
         machine.keep_memory(args.device.type)
         if args.device.type == "cuda" and args.dataloader_pin_memory:
             args.accelerator_config.non_blocking = True  # a batch goes over while the GPU is at work
@@ -94,6 +103,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             super().__init__(model, args, data_collator, train_dataset, eval_dataset, compute_loss_func=token_loss)  # type: ignore[arg-type]
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UserError(f"accelerate's configuration: FSDP and DeepSpeed are not supported: {WHOLE}; DDP is")
+        if any(getattr(getattr(self.accelerator, "parallelism_config", None), f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp", "dp_shard")):
+            raise UserError(f"accelerate's configuration: a model in parts is not supported: {WHOLE}; DDP is")
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.remove_callback(callback)
         if args.torch_compile or args.device.type == "cuda":
@@ -117,6 +128,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self.add_callback(self.guard)
         self.add_callback(Progress(self))
 
+    fewer_rows = FEWER_ROWS
+    """The way out where a step does not fit into memory."""
     optimizer: Any
     control: Any
     gradient_norm: Any
@@ -200,13 +213,13 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             loader = super().get_train_dataloader()
         if self.args.dataloader_num_workers:
             base = getattr(loader, "base_dataloader", loader)
-            base.timeout, base.worker_init_fn = self.worker_timeout, partial(spare_worker, base.worker_init_fn)
+            base.timeout, base.worker_init_fn = self.worker_timeout, partial(spare_worker, base.worker_init_fn, os.getpid())
         return loader
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack = super().compute_loss_context_manager()
         if self.autocast:
-            stack.enter_context(torch.autocast(self.args.device.type, torch.bfloat16))
+            stack.enter_context(torch.autocast(self.args.device.type, self.autocast))
         return stack
 
     @property
@@ -354,7 +367,9 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         """The exception for a run that lmssl ends itself, naming the last good checkpoint."""
         with contextlib.suppress(Exception):
             self._settle()
-        whole = [p for p in checkpoints.all_of(Path(self.args.output_dir)) if p.name in self._known_good]
+        # The first rank seals, and knows which are whole; to the others those in their place are.
+        found, first = checkpoints.all_of(Path(self.args.output_dir)), self.is_world_process_zero()
+        whole = [p for p in found if (p.name in self._known_good if first else checkpoints.facts(p))]
         last = f"the last good checkpoint is {whole[0]}" if whole else "no checkpoint was completed before"
         return kind(f"{reason}; {last}")
 
@@ -384,11 +399,12 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         if path is None:
             log.info("--resume: no checkpoint was completed in %s; starting at step 0", root)
             return None
-        for key, now in self.identity.items():
-            then = manifest["identity"].get(key)
-            if key in manifest["identity"] and then != now and key not in accept:
-                way_out = "its state is of no use to this one; --overwrite begins anew" if key == "optimizer" else f"--accept {key} goes on all the same"
-                raise UserError(f"--resume: {key} changed: {path.name} has {_short(then)}, this run {_short(now)}; {way_out}")
+        before = manifest["identity"]
+        changed = [key for key, now in self.identity.items() if key in before and before[key] != now and key not in accept]
+        for key in sorted(changed, key=lambda key: key != "optimizer")[:1]:
+            goes_on = f"{' '.join(f'--accept {key}' for key in changed)} goes on all the same"
+            way_out = "its state is of no use to this one; --overwrite begins anew" if key == "optimizer" else goes_on
+            raise UserError(f"--resume: {key} changed: {path.name} has {_short(before[key])}, this run {_short(self.identity[key])}; {way_out}")
         try:
             self._check_weights(path)
         except checkpoints.Damaged as error:
@@ -415,7 +431,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         """
         with self.guard.signals():
             try:
-                with fitting("a training step", FEWER_ROWS, self.stopped):
+                with fitting("a training step", self.fewer_rows, self.stopped):
                     self.train(resume_from_checkpoint=str(resume) if resume else None)
             except RuntimeError as error:
                 # torch's handler for a worker that died raises wherever the main thread happens to be.

@@ -185,18 +185,25 @@ class Guard(TrainerCallback):
                 signal.signal(s, handler)
 
 
-def spare_worker(then: Callable[[int], None] | None, worker: int) -> None:
+def spare_worker(then: Callable[[int], None] | None, trains: int, worker: int) -> None:
     """In a data worker, as `worker_init_fn`: a signal that a whole group of processes gets (Ctrl-C, a scheduler's SIGTERM) is the training
-    process's to act on, which needs its workers until the end of the step. What the training process itself sends still ends them."""
+    process's to act on, which needs its workers until the end of the step. What the training process itself sends still ends them.
 
-    def end_with_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    Args:
+        then: what else is to be called.
+        trains: the training process's id; the worker's parent may be a fork server.
+        worker: its number.
+    """
+
+    def end_with_training() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trains:
             pass
         os._exit(0)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):  # macOS cannot say who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_with_training, daemon=True).start()
     if then is not None:
         then(worker)
 

@@ -229,3 +229,14 @@ def test_the_documented_defaults_are_the_defaults():
                 assert value.split(",")[0] == str(defaults[name]), name
                 checked += 1
     assert checked >= 15
+
+
+def test_a_cpu_beside_a_gpu_has_its_own_precision_and_workers(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("lmssl.machine.native_bf16", lambda device: device == "cuda")
+    monkeypatch.setattr("lmssl.machine.device", lambda: "cuda")
+    assert arguments.pretrain_defaults()["bf16"]
+    values = arguments.resolve({"output_dir": "x", "use_cpu": True}, arguments.pretrain_defaults())
+    assert not values["bf16"]
+    assert not {"tf32", "dataloader_num_workers"} & set(values)
+    assert arguments.resolve({"output_dir": "x", "torch_compile_mode": "default"}, arguments.pretrain_defaults())["torch_compile"] is True

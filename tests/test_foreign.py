@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -11,6 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from lmssl import arguments, config, report, tokenization
 from lmssl.cli import run
 from lmssl.errors import UserError
+from lmssl.models import build
+from lmssl.objectives import MaskedTokens
 from lmssl.recipe import PretrainRecipe, pretrain
 from lmssl.tasks.base import Backbone
 from tests.helpers import SMALL, sentences
@@ -95,3 +98,46 @@ def test_a_sentencepiece_model_alone_names_its_packages(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
     with pytest.raises(UserError, match="pip install sentencepiece protobuf"):
         tokenization.load(tmp_path)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(("architecture", "more"), [("gpt_neox", {}), ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 2, "head_dim": 16, "num_experts_per_tok": 1})])
+@pytest.mark.parametrize("continued", [False, True])
+def test_an_architecture_whose_weights_have_other_names_on_the_hub_is_resumed(architecture, more, continued, corpus_file, tmp_path):
+    """Their files on the hub say embed_out, or have each expert apart; transformers reads either."""
+    model = {"architecture": architecture, **SIZES, **more}
+    trainer = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "bf16": False}
+    data = {"text": str(corpus_file), "tokenizer": "tokenizer_assets/bpe-8k", "seq_length": 32, "held_out": 0.1}
+    if continued:
+        made = PretrainRecipe.of({"data": data, "model": model, "objective": {"name": "next_token"}, "trainer": trainer | {"max_steps": 1, "output_dir": str(tmp_path / "first")}})
+        pretrain(made, quiet=True)
+        first = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+        first._weight_conversions = None  # as a model that was not read
+        first.save_pretrained(tmp_path / "first")
+        names, own = load_file(tmp_path / "first" / "model.safetensors").keys(), first.state_dict().keys()
+        assert names != own
+        data, model = {k: v for k, v in data.items() if k != "tokenizer"}, {"from": str(tmp_path / "first")}
+    recipe = PretrainRecipe.of({"data": data, "model": model, "objective": {"name": "next_token"}, "trainer": trainer | {"output_dir": str(tmp_path / "run")}})
+    pretrain(recipe, quiet=True)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    for name in ("metrics.json", "model.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    assert pretrain(recipe, resume=True, quiet=True)["steps"] == 4
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.items())
+
+
+def test_a_head_that_a_checkpoint_lacks_is_drawn_from_the_seed(bert, tmp_path):
+    body = transformers.BertModel(transformers.BertConfig.from_pretrained(bert))
+    body.save_pretrained(tmp_path)
+    vocab, heads = tokenization.load(bert).vocab(), []
+    for state, seed in ((1, 0), (2, 0), (2, 1)):
+        torch.manual_seed(state)
+        heads.append(build({"from": str(tmp_path)}, vocab, MaskedTokens(), 32, seed).cls.predictions.transform.dense.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[1], heads[2])

@@ -50,6 +50,9 @@ def refusal(capsys, *args):
         ("model.architecture=qwen2 objective.name=next_token", "transformers reads every tokenizer of a 'qwen2'"),
         ("trainer.fsdp=full_shard", "every process holds the whole model"),
         ("trainer.optimizer=adamw trainer.optim=adamw_bnb_8bit", "trainer.optim: .*bitsandbytes"),
+        ("trainer.fp16=true trainer.bf16=false", "trainer.fp16: half precision is of GPUs"),
+        ("trainer.torch_compile_mode=default trainer.torch_compile=false", "trainer.torch_compile_mode: says how to compile"),
+        ("trainer.accelerator_config={gradient_accumulation_kwargs:{num_steps:4}}", "gradient_accumulation_kwargs are not to be set"),
         ("trainer.report_to=wandb", "trainer: .*(?i:wandb)"),
         ("data.tokenizer=runs/tokenizer", "train one with: lmssl tokenizer TEXT --out runs/tokenizer"),
     ],
@@ -276,4 +279,4 @@ def test_more_processes_than_gpus(corpus_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     overrides = [f"data.text={corpus_file}", f"trainer.output_dir={tmp_path / 'run'}"]
     line = refusal(capsys, "pretrain", "recipes/pretrain/quickstart.yaml", *overrides, "trainer.use_cpu=false")
-    assert "trainer: 2 processes were begun on a machine of 1 GPU: --nproc-per-node 1, or trainer.use_cpu=true" in line
+    assert "trainer: 2 processes were begun on a machine of 1 GPU: torchrun --nproc-per-node 1 (accelerate launch --num_processes 1), or trainer.use_cpu=true" in line

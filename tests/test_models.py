@@ -97,8 +97,23 @@ def test_what_the_kernel_cannot_do_takes_the_mask(monkeypatch):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out, _ = packing.attend(layer, query, query, query, torch.zeros(1, 1, 8, 8), causal=True, cu_seq_lens_q=starts, max_length_q=8, **keys)
         assert out.shape == (1, 8, 2, width)
+    states = [torch.randn(1, 2, 8, 16)] * 3
+    with torch.autocast("cpu", torch.bfloat16):  # a mask for each head
+        out, _ = packing.attend(layer, *states, torch.zeros(1, 2, 8, 8), causal=True, cu_seq_lens_q=starts, max_length_q=8)
+    assert out.shape == (1, 8, 2, 16)
     with pytest.raises(TypeError), torch.autocast("cpu", torch.bfloat16):
-        packing.attend(layer, *[torch.randn(1, 2, 8, 16)] * 3, None, causal=True, cu_seq_lens_q=starts, max_length_q=8)
+        packing.attend(layer, *states, None, causal=True, cu_seq_lens_q=starts, max_length_q=8)
+
+
+@pytest.mark.parametrize(("architecture", "window", "kernel"), [("qwen2_moe", None, True), ("qwen2_moe", 8, False), ("mistral", 8, True)])
+def test_layers_whose_mask_alone_knows_their_window_keep_it(architecture, window, kernel):
+    """Mistral's tell their attention, which then takes the mask; those of qwen2_moe do not."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 50}
+    sizes |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4, "max_window_layers": 0} if architecture == "qwen2_moe" else {}
+    config = transformers.AutoConfig.for_model(architecture, **sizes, sliding_window=window, use_sliding_window=window is not None)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    packing.use_kernel(model, True)
+    assert (model.config._attn_implementation == packing.BEFORE) is kernel
 
 
 def test_rows_of_very_many_documents_take_the_mask(shared_dir, monkeypatch):

@@ -1,6 +1,8 @@
 """What a run costs before it starts, and what some minutes buy."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -115,3 +117,10 @@ def test_dry_run_of_a_label_curve(recipe, corpus_file, tmp_path, capsys):
     # 2 counts x 2 inits x 2 seeds, and 2 rates for each count and init; 39 and 48 steps each.
     assert "16 runs, 696 steps" in capsys.readouterr().out
     assert not out.exists()
+
+
+def test_a_signal_ends_a_dry_run_without_a_word_of_what_it_saved(recipe, monkeypatch, capsys):
+    begun = plan._Steps.on_step_begin
+    monkeypatch.setattr(plan._Steps, "on_step_begin", lambda self, *args, **keys: (self.begun or os.kill(os.getpid(), signal.SIGTERM), begun(self, *args, **keys))[1])
+    assert run(["pretrain", str(recipe), "--dry-run"]) == 143
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "lmssl: SIGTERM: the dry run was stopped; nothing of it is kept"

@@ -58,7 +58,7 @@ def test_a_micro_batch_that_does_not_fit_is_passed_over(sections, speeds, monkey
     import torch
 
     given, asked = speeds
-    given |= {32: torch.OutOfMemoryError("32"), 16: torch.OutOfMemoryError("16"), 8: torch.OutOfMemoryError("8"), 4: 1.0}
+    given |= {32: RuntimeError("DefaultCPUAllocator: can't allocate memory"), 16: torch.OutOfMemoryError("16"), 8: torch.OutOfMemoryError("8"), 4: 1.0}
     monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     sections["trainer"]["batch"] = "auto"
     assert run(sections)["per_device_train_batch_size"] == 4

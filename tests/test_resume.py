@@ -212,6 +212,8 @@ def test_a_text_that_took_another_s_place_is_no_proof_of_a_clean_test(corpus_fil
     assert leak_check(str(tmp_path / "run"), [Example("a", "", "")])["checked"]
     text.write_text("".join(corpus_file.read_text().splitlines(True)[:-1]))
     longer = recipe_of(text, tmp_path / "run", max_steps=6, save_strategy="steps", save_steps=2)
+    with pytest.raises(UserError, match="--accept data --accept tokens goes on all the same"):
+        pretrain(longer, resume=True, quiet=True)
     metrics = pretrain(longer, resume=True, accept=("data", "tokens"), quiet=True)
     assert len(metrics["earlier_data"]) == 1
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-6"):
@@ -245,3 +247,43 @@ def test_items_of_a_run(shared_dir, tmp_path):
     assert [trainer.items(step).start for step in (0, 1, 5)] == [0, trainer.global_batch, 5 * trainer.global_batch]
     assert len(trainer.items(3)) == trainer.global_batch
     assert trainer.seq_length == LENGTH
+
+
+def test_half_precision_is_part_of_what_a_run_is(shared_dir, tmp_path):
+    tokens = token_set(shared_dir)
+    trainer_of("bert", tokens, tmp_path, max_steps=2, **SAVING).run()
+    with pytest.raises(UserError, match="fp16 changed: checkpoint-2 has False, this run True"):
+        trainer_of("bert", tokens, tmp_path, max_steps=2, fp16=True, **SAVING).resume_point()
+
+
+def test_what_a_launcher_was_told_changes_no_run(shared_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path)
+    assert trainer.accelerator.mixed_precision == "no"
+    assert trainer.accelerator.state.dynamo_plugin.backend.value == "NO"
+
+
+@pytest.mark.parametrize("field", ["save_only_model", "label_smoothing_factor", "bf16_full_eval"])
+def test_from_python_too_what_would_not_be_given_is_refused(field, shared_dir, tmp_path):
+    with pytest.raises(UserError, match=f"{field}: not to be set: "):
+        trainer_of("bert", token_set(shared_dir), tmp_path, **{field: 0.1 if "factor" in field else True})
+
+
+def test_a_run_is_judged_by_its_own_held_out_text(shared_dir, tmp_path):
+    """In float32, whatever accelerate has put around the forward pass."""
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path)
+    expected = trainer.evaluate()["eval_loss"]
+    trainer.model.forward = wrapped = lambda **inputs: pytest.fail("asked")
+    assert trainer.evaluate()["eval_loss"] == expected
+    assert trainer.model.forward is wrapped
+    with pytest.raises(UserError, match="eval_dataset: "):
+        trainer.evaluate(eval_dataset=[])
+
+
+def test_ranks_that_do_not_seal_know_the_last_checkpoint_too(shared_dir, tmp_path, monkeypatch):
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path, max_steps=2, **SAVING)
+    trainer.run()
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    trainer._known_good.clear()
+    assert f"the last good checkpoint is {tmp_path / 'checkpoint-2'}" in str(trainer.stopped("nothing"))

@@ -4,7 +4,9 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,15 +14,18 @@ from transformers import TrainerCallback
 
 import lmssl
 from lmssl import checkpoints, machine
+from lmssl.data.stream import Collator, Stream, count_tokens
 from lmssl.errors import Stopped, UserError
 from lmssl.evaluation import held_out
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
+from lmssl.objectives.base import Row
+from lmssl.objectives.toy import vocab as toy_vocab
 from lmssl.optimizers import MuonAdamW, muon_groups, orthogonalised, sizes_of
 from lmssl.recipe import PretrainRecipe, pretrain
 from lmssl.watch import Guard, of_the_data
 from tests.helpers import OBJECTIVE, SMALL, apart, arguments, small_model, token_set
 
-LENGTH = 32
+LENGTH, VOCAB = 32, toy_vocab()
 
 
 def trainer_of(architecture, tokens, folder, optimizer="adamw", objective=None, **keys):
@@ -238,7 +243,10 @@ def test_an_accepted_model_must_have_the_same_weights(shared_dir, tmp_path):
     with pytest.raises(UserError, match=r"--accept model: .*has shape .* the weights must be the same"):
         lmssl.PretrainTrainer(wider, OBJECTIVE["bert"], tokens, arguments(tmp_path, **keys), LENGTH, quiet=True).resume_point(("model",))
     other = small_model("bert", tokens.vocab(), LENGTH, dropout=True, hidden_dropout_prob=0.3)
-    assert lmssl.PretrainTrainer(other, OBJECTIVE["bert"], tokens, arguments(tmp_path, **keys), LENGTH, quiet=True).resume_point(("model",)).name == "checkpoint-2"
+    resumed = lmssl.PretrainTrainer(other, OBJECTIVE["bert"], tokens, arguments(tmp_path, **keys), LENGTH, quiet=True)
+    with pytest.raises(UserError, match="model changed"):
+        resumed.resume_point()
+    assert resumed.resume_point(("model",)).name == "checkpoint-2"
 
 
 def test_a_longer_run_goes_on_at_the_rate_of_its_own_schedule(shared_dir, tmp_path):
@@ -316,6 +324,58 @@ def test_held_out_loss_does_not_depend_on_the_batch(architecture, shared_dir, tm
         assert value["loss"] == pytest.approx(values[0]["loss"], rel=1e-6)
         assert value["bits_per_byte"] == pytest.approx(values[0]["bits_per_byte"], rel=1e-6)
         assert (value["labels"], value["rows"]) == (values[0]["labels"], values[0]["rows"])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert", "t5"])
+def test_bits_per_byte_are_of_the_labels_and_their_text(architecture, shared_dir, tmp_path):
+    trainer = trainer_of(architecture, token_set(shared_dir), tmp_path)
+    stream, values = trainer.held_out_stream, held_out(trainer.model, trainer.held_out_stream, trainer.held_out_collator, 4)
+    size = sum(int(stream.vocab.token_bytes[labels[labels != -100]].sum()) for labels in (stream[i]["labels"] for i in range(len(stream))))
+    bits = values["loss"] * values["labels"] / math.log(2)
+    assert values["bits_per_byte"] == pytest.approx(bits / size)
+    trainer.asked += torch.tensor([values["labels"], size])
+    assert trainer.bits_per_byte(values["loss"]) == pytest.approx(bits / size)
+
+
+def test_held_out_loss_asks_no_device_for_float64():
+    """Apple's GPUs have none."""
+
+    class There(torch.Tensor):
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    class Model(torch.nn.Module):
+        def forward(self, **inputs):
+            return SimpleNamespace(logits=torch.zeros(4 * LENGTH, VOCAB.size).as_subclass(There))
+
+    class Rows(list):
+        vocab = VOCAB
+
+    row = Row(np.full(LENGTH, 7, np.int32), np.ones(LENGTH, np.int32))
+    found = held_out(Model(), Rows([NextToken()(row, VOCAB, None)] * 4), Collator(NextToken(), LENGTH, "decoder", VOCAB.pad), 4)
+    assert found["loss"] == pytest.approx(math.log(VOCAB.size))
+
+
+def test_tokens_are_what_encoder_and_decoder_read(shared_dir):
+    tokens, vocab = token_set(shared_dir), token_set(shared_dir).vocab()
+    for architecture in ("llama", "t5"):
+        stream = Stream(tokens, OBJECTIVE[architecture], LENGTH, 0, 8)
+        family = next(iter(OBJECTIVE[architecture].families))
+        batch = Collator(OBJECTIVE[architecture], LENGTH, family, vocab.pad)([stream[i] for i in range(8)])
+        read = sum((stream[i][name] > 0).sum() for i in range(8) for name in ("segments", "decoder_segments") if name in stream[i])
+        assert count_tokens(batch).item() == read
+
+
+def test_muon_takes_the_recipes_numbers(shared_dir, tmp_path):
+    trainer = trainer_of("llama", token_set(shared_dir), tmp_path, "muon", weight_decay=0.3, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, learning_rate=0.02)
+    groups = trainer.create_optimizer().param_groups
+    assert {g["weight_decay"] for g in groups} == {0.3, 0.0}
+    assert {g["weight_decay"] for g in groups if g["muon"]} == {0.3}
+    assert {g["lr"] for g in groups} == {0.02}
+    assert {(g["betas"], g["eps"]) for g in groups if not g["muon"]} == {((0.8, 0.95), 1e-6)}
 
 
 def test_held_out_rate_is_fixed(shared_dir, tmp_path):

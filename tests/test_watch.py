@@ -121,3 +121,12 @@ def test_an_echo_of_a_signal_is_not_a_second_one(shared_dir, tmp_path, monkeypat
     trainer.add_callback(At(2, lambda control: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)]))
     with pytest.raises(Interrupted, match="SIGTERM: saved"):
         trainer.run()
+
+
+def test_every_step_rank_and_seed_draws_its_own_dropout(shared_dir, tmp_path):
+    trainer, draws = trainer_of("bert", token_set(shared_dir), tmp_path), set()
+    for step, rank, seed in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+        trainer.state.global_step = step
+        trainer.guard.on_step_begin(SimpleNamespace(seed=seed, process_index=rank), trainer.state, trainer.control)
+        draws.add(torch.rand(1).item())
+    assert len(draws) == 4
