@@ -29,6 +29,7 @@ _NAMES = {
     "FinetuneRecipe": "lmssl.recipe",
     "UserError": "lmssl.errors",
     "Stopped": "lmssl.errors",
+    "Interrupted": "lmssl.errors",
 }
 """Public names and where they live; loaded when first asked for, so that `import lmssl` stays light."""
 

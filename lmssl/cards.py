@@ -84,18 +84,14 @@ def task_card(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
 
 Leak check: {report.leaks_in_words(metrics["leaks"])}.
 
-```python
-{use(metrics, recipe)}
-```
-
-Files of inputs: `lmssl predict {folder} FILE`.
+{use(metrics, recipe)}Files of inputs: `lmssl predict {folder} FILE`.
 
 {_recipe(recipe)}""",
     )
 
 
 def use(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
-    """Prediction in plain transformers."""
+    """Prediction in plain transformers, a block of code; nothing for a task that is none of lmssl's own."""
     folder, task, decoder = recipe["trainer"]["output_dir"], metrics["task"], metrics["family"] == "decoder"
     if task == "qa" and metrics["written"]:
         task = "translation"
@@ -118,4 +114,7 @@ def use(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
         null = f"""null = outputs.start_logits[0, {at}] + outputs.end_logits[0, {at}]
 answer = "" if null - scores.max() > {recipe["task"]["null_margin"]} else answer  # unanswerable
 """
-    return USES[task].format(folder=folder, text=text, auto=auto, new='[:, inputs["input_ids"].shape[1] :]' if decoder else "", longest=recipe["task"].get("longest"), null=null)
+    if task not in USES:
+        return ""
+    lines = USES[task].format(folder=folder, text=text, auto=auto, new='[:, inputs["input_ids"].shape[1] :]' if decoder else "", longest=recipe["task"].get("longest"), null=null)
+    return f"```python\n{lines}\n```\n\n"

@@ -278,8 +278,9 @@ def _predict(options: argparse.Namespace) -> None:
     target = Path(options.out) if options.out else None
 
     _silence_transformers()
-    files = [item for item in options.overrides if not item.startswith("task.")]
-    rows = predict(options.recipe, files, task_name=options.task, overrides=[item for item in options.overrides if item.startswith("task.")], batch=options.batch, quiet=not files)
+    overrides = [item for item in options.overrides if item.startswith("task.") and "=" in item]
+    files = [item for item in options.overrides if item not in overrides]
+    rows = predict(options.recipe, files, task_name=options.task, overrides=overrides, batch=options.batch, quiet=not files)
     first = next(rows, None)  # refusals come before the file is opened
     # A pipe, a device or a link is written to; an ordinary file is replaced when the predictions are whole.
     beside = target.with_name(f"{target.name}.part") if target and not target.is_symlink() and (target.is_file() or not target.exists()) else None

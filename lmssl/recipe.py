@@ -93,9 +93,9 @@ class PretrainRecipe:
         tokenizer = tokenization.load(source)
         if self.data.tokenizer and "from" in self.model:
             _check_same_ids(tokenizer, str(self.model["from"]))
-        needs = make(self.objective).needs
-        if "from" in self.model and (("mask" in needs and "mask" not in tokenizer.roles) or ("sentinels" in needs and not tokenizer.sentinels)):
-            added = tokenizer.complete(sentinels="sentinels" in needs)
+        missing = tokenizer.lacks(make(self.objective))
+        if "from" in self.model and missing:
+            added = tokenizer.complete(sentinels="sentinels" in missing)
             log.info("data.tokenizer: %s lacked special tokens; added %d: %s ...", source, len(added), ", ".join(added[:3]))
         return tokenizer
 
@@ -213,21 +213,19 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
         _remove([*_leavings(out), *out.glob("damaged-checkpoint-*")])
     point = trainer.resume_point(accept) if resume else None
     if resume and point is None and (done := output.read_json(out / "metrics.json") or {}).get("steps"):
-        raise UserError(
-            f"--resume: {out} is finished at step {done['steps']}, and its checkpoints are gone; model.from={out} in another folder continues it, --overwrite begins anew"
-        )
+        way_out = f"model: {{from: {out}}} in place of the architecture continues it in another folder, --overwrite begins anew"
+        raise UserError(f"--resume: {out} is finished at step {done['steps']}, and its checkpoints are gone; {way_out}")
     if point is None and models.init_of(recipe.model) == "text":
         beginnings.begin_from_text(trainer.model, trainer.train_dataset.tokens, trainer.args.seed)
     resolved = {"data": dataclasses.asdict(recipe.data), "model": recipe.model, "objective": fields_of(objective), "trainer": values}
     resolved["data"]["tokenizer"] = recipe.data.tokenizer or str(recipe.model["from"])
     if trainer.is_world_process_zero():
         text = config.dump(output.plain(resolved))
-        if not quiet:
-            log.info("%s", text)
         output.write(out / "recipe.yaml", text)
-    if not quiet and trainer.is_world_process_zero():
-        steps, batch, stream = trainer.args.max_steps, trainer.global_batch, trainer.train_dataset
-        log.info("%s; %d steps of %d rows are %.2f epochs", data_in_words(stream.tokens, stream.rows), steps, batch, steps * batch / stream.rows)
+        if not quiet:
+            steps, batch, stream = trainer.args.max_steps, trainer.global_batch, trainer.train_dataset
+            log.info("%s", text)
+            log.info("%s; %d steps of %d rows are %.2f epochs", data_in_words(stream.tokens, stream.rows), steps, batch, steps * batch / stream.rows)
     trainer.run(point)
     metrics = trainer.metrics()
     if trainer.is_world_process_zero():
@@ -397,11 +395,14 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
     _check_free(out, present, recipe.source, resume or overwrite)
     runs = curve_of(recipe, values, quiet)
     task: Any = runs.task
+    before = (output.read_json(out / "metrics.json") or {}) if resume else {}
     if resume:
         runs.ledger.load(accept)
-    elif first:
-        if present:
-            task.model(runs.backbone, True, 0)  # weights that cannot be loaded are refused before anything is removed
+        if runs.is_told_by(before) and not accept:
+            log.info("%s is finished; nothing to do", out)
+            return before
+    elif first and present:
+        runs.try_out()  # before anything is removed
         _remove(present)
     resolved = {"task": {"name": task.name} | dataclasses.asdict(task), "data": dataclasses.asdict(recipe.data), "model": {"from": recipe.source}, "trainer": values}
     leaks = leak_check(recipe.source, runs.test)
@@ -411,7 +412,6 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
         _folder(out)
         output.write(out / "recipe.yaml", config.dump(output.plain(resolved)))
         runs.ledger.save(runs.ledger.seconds)  # what is resumed before any run is finished is compared with this
-    before = (output.read_json(out / "metrics.json") or {}) if resume else {}
     metrics = runs.run() | {"leaks": leaks, "continued_from": config.of_folder(recipe.source).get("model", {}).get("from"), "environment": output.environment()}
     if "evaluated" in before and not runs.saved:
         metrics["evaluated"] = before["evaluated"]
@@ -436,7 +436,7 @@ def curve_of(recipe: FinetuneRecipe, values: dict[str, Any], quiet: bool) -> Cur
     train, test = curve.labelled(recipe.task, recipe.data.train, recipe.data.test)
     task = recipe.task.fitted(train, test)
     task.check_packages()
-    backbone = dataclasses.replace(backbone, classes=tuple(curve.check(task, train, test)))
+    backbone = dataclasses.replace(backbone, classes=tuple(curve.in_order_of(backbone.config, curve.check(task, train, test))))
     return curve.Curve(task, backbone, train, test, values, quiet)
 
 

@@ -153,7 +153,8 @@ def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
         if len(row) > room:
             raise UserError(f"{records[number // 2][1]}: a sentence of {len(row)} tokens; the checkpoint reads {room}")
     saved = config.load(folder / "recipe.yaml", (), PRETRAIN) if (folder / "recipe.yaml").is_file() else {}
-    by = "mask" if saved.get("objective", {}).get("name") == "infilling" or checkpoint_config.model_type in ("bart", "mbart") else "sentinel"
+    trained_by = saved.get("objective", {}).get("name", "infilling" if checkpoint_config.model_type in ("bart", "mbart") else "")
+    by = "mask" if trained_by == "infilling" else "sentinel"
     total = len(ids) if family == "decoder" else sum(map(len, ids))
     with tqdm(total=total, unit="row", disable=None, leave=False) as bar:
         values = likelihood.log_likelihoods(model, family, ids, vocab, by, bar.update)

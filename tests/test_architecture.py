@@ -152,6 +152,33 @@ def test_objectives_page_names_every_field():
             assert f"`{field.name}` {field.default}" in lines[name]
 
 
+def test_tasks_page_names_every_field():
+    import dataclasses
+
+    from lmssl.tasks import TASKS
+    from lmssl.tasks.base import FewLabels
+
+    page = (ROOT / "docs" / "tasks.md").read_text().split("## Fields")[1].split("## Data")[0]
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    shared = {f.name for f in dataclasses.fields(FewLabels)}
+    for name in shared:
+        assert f"`{name}`" in page
+    for name, task in TASKS.items():
+        for field in dataclasses.fields(task):
+            if field.name not in shared:
+                assert f"`{field.name}`" in rows[name], (name, field.name)
+                if isinstance(field.default, int | float) and not isinstance(field.default, bool):
+                    assert f"`{field.name}` {field.default}" in rows[name] or field.name == "stride"
+
+
+def test_recipes_page_names_every_default():
+    from lmssl.arguments import OURS, finetune_defaults, pretrain_defaults
+
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    for name in {*pretrain_defaults(), *finetune_defaults(), *OURS} - {"use_cpu", "tf32", "logging_strategy", "output_dir"}:
+        assert f"`{name}`" in page, name
+
+
 def test_recipes_readme_names_every_recipe():
     text = (ROOT / "recipes" / "README.md").read_text()
     for path in [*(ROOT / "recipes").glob("pretrain/*.yaml"), *(ROOT / "recipes").glob("finetune/*.yaml")]:

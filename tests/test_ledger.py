@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lmssl import arguments, checkpoints
 from lmssl.cli import run
@@ -217,3 +219,26 @@ def test_the_command_line(sections, tmp_path, monkeypatch, capsys):
     assert run(["finetune", str(tmp_path / "r.yaml")]) == 2
     assert run(["finetune", str(tmp_path / "r.yaml"), "--resume"]) == 0
     assert len(checkpoints.read_signed(tmp_path / "out" / "progress.json")["results"]) == 4
+
+
+def test_a_curve_does_not_go_on_with_other_weights_or_other_data(sections, tmp_path):
+    """What changed in its place, under the same names."""
+    recipe = sections(tmp_path / "out", seeds=1)
+    folder, data = tmp_path / "backbone", tmp_path / "data.jsonl"
+    shutil.copytree(recipe["model"]["from"], folder)
+    rows = Path(recipe["data"]["train"]).read_text().splitlines()
+    data.write_text("\n".join(rows))
+    recipe["model"]["from"], recipe["data"]["train"] = str(folder), str(data)
+    finetune(FinetuneRecipe.of(recipe), quiet=True)
+    again = lambda: finetune(FinetuneRecipe.of(recipe), resume=True, quiet=True)  # noqa: E731
+    path = folder / "model.safetensors"
+    before = path.read_bytes()
+    save_file({name: value + 1 for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.from changed"):
+        again()
+    path.write_bytes(before)
+    data.write_text("\n".join([*rows, json.dumps({"text": "one more film", "label": 1})]))
+    with pytest.raises(UserError, match=r"data\.train changed|data\.test changed"):
+        again()
+    data.write_text("\n".join(rows))
+    again()

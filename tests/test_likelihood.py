@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmssl import likelihood, models
+from lmssl import likelihood, models, scoring
 from lmssl.cli import run
 from tests.helpers import sentences, small_model, token_set, tokenizer
 
@@ -51,6 +51,29 @@ def test_ties_are_half_and_never_right():
     assert found["accuracy"] == 0.625
     assert found["by_phenomenon"] == {"a": 0.75, "b": 0.5}
     assert (found["ties"], found["mean_by_phenomenon"]) == (1, 0.625)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "objective", "by"),
+    [("gpt2", None, "sentinel"), ("t5", None, "sentinel"), ("bart", None, "mask"), ("bart", "span_corruption", "sentinel"), ("t5", "infilling", "mask")],
+)
+def test_the_likelier_sentence_is_the_right_one(architecture, objective, by, shared_dir, tmp_path, monkeypatch):
+    """Each is scored without bos and eos, and a model by its own kind of hole; here the shorter one is the likelier."""
+    tokens, asked = token_set(shared_dir), []
+    small_model(architecture, tokens.vocab(), 64).save_pretrained(tmp_path)
+    tokens.tokenizer.save(tmp_path)
+    if objective:
+        (tmp_path / "recipe.yaml").write_text(json.dumps({"data": {}, "model": {}, "objective": {"name": objective}, "trainer": {}}))
+    good, bad = "a film", "a film was warm"
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"sentence_good": good, "sentence_bad": bad}) + "\n")
+
+    def log_likelihoods(model, family, ids, vocab, way, progress):
+        asked.extend([way, *(i.tolist() for i in ids)])
+        return -np.array([len(i) for i in ids], float)
+
+    monkeypatch.setattr(likelihood, "log_likelihoods", log_likelihoods)
+    assert scoring.minimal_pairs(str(tmp_path), str(tmp_path / "pairs.jsonl"))["accuracy"] == 1.0
+    assert asked == [by, *(ids.tolist() for ids in ids_of([good, bad]))]
 
 
 def test_the_command(shared_dir, tmp_path, capsys):

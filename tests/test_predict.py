@@ -43,6 +43,7 @@ def test_files_and_standard_input_agree(classifier, tmp_path, monkeypatch, capsy
     for rows in shown:
         assert [{k: v for k, v in row.items() if k != "where"} for row in rows] == [{k: v for k, v in row.items() if k != "where"} for row in shown[0]]
         assert all(row["label"] in ("bad", "good") and sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in rows)
+        assert all(row["probabilities"][row["label"]] == max(row["probabilities"].values()) for row in rows)
     assert run(["predict", str(classifier), str(tmp_path / "a.txt"), "--task", "sentiment", "--out", str(tmp_path / "out.jsonl")]) == 0
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == shown[0]
 
@@ -136,3 +137,10 @@ def test_bad_lines(classifier, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
         assert run(["predict", str(classifier), "--task", "sentiment"]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_file_may_be_called_as_an_override_begins(classifier, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "task.txt").write_text("a film\n")
+    assert run(["predict", str(classifier), "task.txt", "--task", "sentiment"]) == 0
+    assert json.loads(capsys.readouterr().out)["where"] == "task.txt:1"

@@ -1,6 +1,6 @@
 """Properties over arbitrary documents, lengths, vocabularies, rates and layouts: packing, stream, objectives.
 
-LMSSL_EXAMPLES sets the number of cases of each (default 25; `make drills-full` runs 2,000).
+LMSSL_EXAMPLES sets the number of cases of each, default 25.
 """
 
 import os

@@ -263,3 +263,14 @@ def test_bad_squad_files(text, message, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=message):
         QuestionAnswering().read(corpus.resolve(str(tmp_path / "x.json")))
+
+
+def test_no_answer_is_as_likely_as_in_the_window_that_speaks_most_against_it():
+    spans, null = squad.best([([], 3.0), ([squad.Span(0, 4, 2.0), squad.Span(0, 4, 1.0)], -1.0)], 5)
+    assert ([s.score for s in spans], null) == ([2.0], -1.0)
+
+
+def test_scores_by_kind_of_question():
+    found = squad.scores(["Ada", "Ada", ""], [["Ada"], [], []])
+    assert (found["exact_match_answerable"], found["exact_match_unanswerable"]) == (1.0, 0.5)
+    assert (found["f1_answerable"], found["f1_unanswerable"]) == (1.0, 0.5)

@@ -278,6 +278,7 @@ def test_probe_and_lora(method, architecture, easy, shared_dir, tmp_path, monkey
     methods, apply = [], adapters.apply
     monkeypatch.setattr(adapters, "apply", lambda model, method, rank: methods.append(method) or apply(model, method, rank))
     assert finetune(recipe, quiet=True)["method"] == method
+    assert methods.pop(0) == method, "tried out before anything is trained"
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

@@ -61,3 +61,14 @@ def test_equivalence_interval_holds_the_truth():
 def test_equivalence_needs_a_curve():
     assert statistics.equivalence(results_of({10: [0.5]}, {10: [0.6]})) == []
     assert statistics.equivalence(results_of({10: [0.5, 0.4], 20: [0.5]}, {10: [0.6, 0.6]})) == []
+
+
+def test_the_verdict_and_the_table_say_which_is_which():
+    def metrics(scratch, pretrained):
+        results = results_of({10: scratch}, {10: pretrained})
+        return {"task": "sentiment", "metric": "accuracy", "results": results, "summary": statistics.summary(results)}
+
+    gained, lost = metrics([0.5, 0.6], [0.65, 0.75]), metrics([0.65, 0.75], [0.5, 0.6])
+    assert report.verdict(gained).startswith("Pretraining changes sentiment accuracy by +15.0 points")
+    assert report.verdict(lost).startswith("No gain shown: pretraining changes sentiment accuracy by -15.0 points")
+    assert report.label_rows(gained)[:2] == [["labels", "scratch", "pretrained", "gain"], ["10", "55.0 ± 7.1", "70.0 ± 7.1", "+15.0 [+15.0, +15.0]"]]

@@ -175,8 +175,7 @@ class Backbone:
             renamed = self._renamed(auto)
             keys = {"config": config, **models.attention(self.length), "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
             model, info = auto.from_pretrained(self.source, output_loading_info=True, key_mapping=renamed, **keys)
-            # Else save_pretrained would rename them back, also those that it read under old names (LayerNorm.gamma).
-            model._weight_conversions = [] if renamed else None
+            model._weight_conversions = []  # or save_pretrained would rename them back
         except ValueError as error:
             raise UserError(f"model.from: {config.model_type} has no {auto.__name__.removeprefix('AutoModel')} head in transformers: {str(error).splitlines()[0]}") from error
         except Exception as error:  # no weights, a pickle, a broken file: a type for each library in between
@@ -249,6 +248,10 @@ class Task(Protocol):
 
     def evaluate(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int, compiled: bool = False) -> tuple[dict[str, Any], list[str]]:
         """(scores with the metric among them, the output for each example)."""
+        ...
+
+    def scores(self, truth: Sequence[str], guesses: Sequence[str]) -> dict[str, float]:
+        """Of guessed classes, the metric among them; a task with `classes` has it."""
         ...
 
     def unlabelled(self, record: dict[str, Any], where: str) -> Any:

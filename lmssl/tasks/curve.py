@@ -26,7 +26,7 @@ from lmssl import arguments, checkpoints
 from lmssl.data import corpus
 from lmssl.data.stream import mix
 from lmssl.data.tokens import content_hash
-from lmssl.errors import Diverged, UserError, written
+from lmssl.errors import Diverged, UserError, fitting, written
 from lmssl.objectives.base import IGNORE, token_loss
 from lmssl.statistics import equivalence, summary
 from lmssl.tasks import adapters, baseline
@@ -35,6 +35,8 @@ from lmssl.tasks.ledger import Ledger, identity_of
 from lmssl.trainer import ExactTrainer
 
 log = logging.getLogger("lmssl")
+
+FEWER = "--resume with a smaller trainer.per_device_eval_batch_size"
 
 
 def labelled(task: Task, train: str | list[str], test: float | str | list[str]) -> tuple[list[Any], list[Any]]:
@@ -82,10 +84,22 @@ def check(task: Task, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
             log.warning("of %d classes %d are too rare for the first %d labels: %s ...", len(classes), len(classes) - len(few), least, ", ".join(sorted(set(classes) - few)[:5]))
         if len(few) < 2:
             raise UserError(f"task.labels: the first {least} examples of seed {seed} are all '{few.pop()}', as rare as the others are; ask for more")
+    for count in sorted({*task.labels, *task.scratch_labels}) if task.classes and task.learning_rates else ():
+        labels = [train[i].label for i in nested(train, 0)[:count]]
+        places, held = split_validation(labels, task.validation)
+        if unknown := {labels[i] for i in held} - {labels[i] for i in places}:
+            log.warning("task.learning_rates: of %d labels rates are judged by %d classes that no other example is of; more labels judge better", count, len(unknown))
     for example in test:
         if task.classes and example.label not in classes:
             raise UserError(f"{example.where}: the class '{example.label}' is not in the training data ({', '.join(classes)}); leave it out, or give data.test as files")
     return classes
+
+
+def in_order_of(config: Any, classes: list[str]) -> list[str]:
+    """Class names as the rows of a checkpoint's own trained head stand, where it has one for just these."""
+    own = getattr(config, "id2label", None) or {}
+    trained = any("SequenceClassification" in name for name in config.architectures or ())
+    return [own[i] for i in sorted(own)] if trained and sorted(own.values()) == sorted(classes) else classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +173,7 @@ class Curve:
         if len(missing) < len(todo) and not self.quiet:
             log.info("%d of %d runs are finished", len(todo) - len(missing), len(todo))
         if missing:
-            self.task.model(self.backbone, True, 0)  # weights that cannot be loaded are refused before the twin has trained
+            self.try_out()  # before the twin has trained
         self._started = time.time()
         self.begun = self._started - ledger.seconds
         for number, run in enumerate(missing):
@@ -189,7 +203,7 @@ class Curve:
             "architecture": self.backbone.config.model_type,
             "classes": list(self.backbone.classes),
             "test_examples": len(self.test),
-            "majority": max((sum(e.label == c for e in self.test) for c in self.backbone.classes), default=0) / len(self.test),
+            "majority": max((self.task.scores([e.label for e in self.test], [c] * len(self.test))[self.task.metric] for c in self.backbone.classes), default=0.0),
             "max_length": self.backbone.length,
             "learning_rate": self.args.learning_rate,
             "tuning": ledger.tuning,
@@ -205,6 +219,16 @@ class Curve:
             except ValueError as error:  # scikit-learn's, for example of texts without a word of two letters
                 log.warning("no TF-IDF baseline: %s", str(error).strip().splitlines()[-1])
         return metrics | {"seconds": self._seconds()}
+
+    def try_out(self) -> None:
+        """Refuse weights that cannot be loaded, a method that finds nothing to train, examples that cannot be encoded: nothing is trained or written."""
+        adapters.apply(self.task.model(self.backbone, True, 0), self.task.method, self.task.lora_rank)
+        self._few(0)
+
+    def is_told_by(self, metrics: dict[str, Any] | None) -> bool:
+        """Whether metrics.json holds the result of every run and of no other."""
+        told = [(r["labels"], r["init"], r["seed"]) for r in (metrics or {}).get("results", [])]
+        return sorted(told) == sorted((run.labels, run.init, run.seed) for run in self.todo())
 
     def todo(self) -> list[Run]:
         """Every run of the curve; the twins stand side by side."""
@@ -260,7 +284,9 @@ class Curve:
             train, held = ([few[i] for i in places] for places in split_validation([shot.label for shot in few], self.task.validation))
             try:
                 model, _ = self._trained(one, train, rate, "-tuning")
-                loss = self._loss(model, [item for shot in held for item in shot.items])
+                with fitting("the validation set", FEWER, self.trainer.stopped):
+                    loss = self._loss(model, [item for shot in held for item in shot.items])
+                loss = loss if math.isfinite(loss) else math.inf
             except Diverged as error:
                 log.warning("%d labels, %s, learning rate %g: %s", run.labels, run.init, rate, error)
                 loss = math.inf
@@ -286,7 +312,7 @@ class Curve:
             args.save_strategy = "no"
         pairs = [(item, shot.where) for shot in few[: run.labels] for item in shot.items]
         stream = Few([i for i, _ in pairs], [w for _, w in pairs], mix(run.seed, 1) >> 1, args.max_steps * arguments.global_batch(values))
-        self.trainer = ExactTrainer(model, args, stream, self.collate, identity={"steps": args.max_steps}, quiet=True, **arguments.own(values))
+        self.trainer = ExactTrainer(model, args, stream, self.collate, identity={"steps": args.max_steps, "curve": self.ledger.digest}, quiet=True, **arguments.own(values))
         for callback in callbacks:
             self.trainer.add_callback(callback)
         point, damaged = None, False
@@ -323,7 +349,7 @@ class Curve:
         return total / max(count, 1)
 
     def _scored(self, model: PreTrainedModel, run: Run) -> dict[str, Any]:
-        with self.trainer.compute_loss_context_manager():
+        with fitting("the test set", FEWER, self.trainer.stopped), self.trainer.compute_loss_context_manager():
             scores, outputs = self.task.evaluate(model, self.backbone, self.test, self.args.per_device_eval_batch_size, compiled=self.args.torch_compile)
         if self.args.process_index == 0:
             self.task.write_outputs(self.out / "predictions", f"{run.labels}-{run.init}-{run.seed}", self.test, outputs)

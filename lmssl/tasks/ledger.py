@@ -66,6 +66,11 @@ class Ledger:
         self.tuning: list[dict[str, Any]] = []
         self.seconds = 0.0
 
+    @property
+    def digest(self) -> str:
+        """Of the identity: what a run that was begun under another is not to go on with."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
     def load(self, accept: Sequence[str] = ()) -> None:
         """What an earlier process of this curve finished; nothing where none did.
 

@@ -87,6 +87,7 @@ class Sentiment(FewLabels):
             raise ValueError(f"text_a={self.text_a} and text_b={self.text_b} must both be named, or neither")
         if self.cue and self.keep == "start":
             raise ValueError(f"cue={self.cue!r} stands at the end of an input, which keep=start cuts off; use keep=end")
+        object.__setattr__(self, "answers", {_plain(name): texts for name, texts in self.answers.items()})
         if self.answers and not self.cue:
             raise ValueError("answers need a cue that they follow, for example cue=' Overall, this film was'")
         if empty := [name for name, texts in self.answers.items() if not texts or not all(texts)]:
@@ -209,8 +210,11 @@ class Sentiment(FewLabels):
     def evaluate(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int, compiled: bool = False) -> tuple[dict[str, Any], list[str]]:
         """Accuracy and macro-averaged F1; the guessed class of each example."""
         guesses = [backbone.classes[i] for i in self.logits(model, backbone, examples, batch, compiled).argmax(-1)]
-        truth = np.array([e.label for e in examples])
-        return {"accuracy": float((np.array(guesses) == truth).mean()), "macro_f1": macro_f1(truth, np.array(guesses))}, guesses
+        return self.scores([e.label for e in examples], guesses), guesses
+
+    def scores(self, truth: Sequence[str], guesses: Sequence[str]) -> dict[str, float]:
+        """Accuracy and macro-averaged F1 of guessed classes."""
+        return {"accuracy": float((np.array(guesses) == np.array(truth)).mean()), "macro_f1": macro_f1(np.array(truth), np.array(guesses))}
 
     def predictions(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int) -> list[dict[str, Any]]:
         """{"label", "probabilities": {class: probability}}."""
@@ -227,7 +231,16 @@ def _class(record: dict[str, Any], column: str, where: str) -> str:
     label = corpus.field_of(record, column, where)
     if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
         raise UserError(f"{where}: column '{column}' holds {label!r}, expected a class: text or a whole number")
-    return unicodedata.normalize("NFC", str(label)).strip()
+    name = _plain(str(label))
+    corpus.check_text(name, where)
+    if len(name.splitlines()) > 1:
+        raise UserError(f"{where}: column '{column}' holds {label!r}, a class of several lines")
+    return name
+
+
+def _plain(name: str) -> str:
+    """A class name as it is compared."""
+    return unicodedata.normalize("NFC", name).strip()
 
 
 def macro_f1(truth: np.ndarray, guesses: np.ndarray) -> float:

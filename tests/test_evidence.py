@@ -1,0 +1,261 @@
+"""What a label curve compares: which weights, which examples, which numbers. A mistake here would read as a finding."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from lmssl import tasks
+from lmssl.data import corpus
+from lmssl.errors import Interrupted, Stopped, UserError
+from lmssl.recipe import FinetuneRecipe, finetune
+from lmssl.tasks import baseline, curve
+from lmssl.tasks.base import Few
+from lmssl.tasks.sentiment import Labelled, Sentiment
+from lmssl.tasks.translation import Pair, Translation
+from tests.helpers import sentences, small_model, token_set
+
+LENGTH = 32
+
+
+@pytest.fixture
+def recipe(shared_dir, tmp_path):
+    """A small backbone, sixty reviews, and the sections of a recipe over them."""
+    tokens, folder = token_set(shared_dir), tmp_path / "backbone"
+    small_model("bert", tokens.vocab(), LENGTH, seed=7).save_pretrained(folder)  # no seed that a twin is drawn from
+    tokens.tokenizer.save(folder)
+    rows = [{"text": f"{text} {'good' if n % 2 else 'bad'}", "label": n % 2} for n, text in enumerate(dict.fromkeys(sentences(60, seed=9)))]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def made(source=folder, test=12, trainer=(), **fields):
+        return FinetuneRecipe.of(
+            {
+                "task": {"name": "sentiment", "labels": [8, 20], "seeds": 2, **fields},
+                "data": {"train": str(tmp_path / "data.jsonl"), "test": test, "max_length": LENGTH},
+                "model": {"from": str(source)},
+                "trainer": {"output_dir": str(tmp_path / "out"), "max_steps": 2, "bf16": False, "per_device_train_batch_size": 4, **dict(trainer)},
+            }
+        )
+
+    return made
+
+
+@dataclasses.dataclass
+class Begun:
+    """A run as its trainer received it."""
+
+    embeddings: torch.Tensor
+    head: torch.Tensor
+    seed: int
+    order: list[str]
+    places: set[str]
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """The runs of curves, in the order in which they begin."""
+    found = []
+
+    class Watched(curve.ExactTrainer):
+        def __init__(self, model, args, stream, *rest, **keys):
+            embeddings = model.get_input_embeddings().weight.detach().clone()
+            head = model.classifier.weight.detach().clone()
+            found.append(Begun(embeddings, head, args.seed, [stream.where(i) for i in range(len(stream))], set(stream.places)))
+            super().__init__(model, args, stream, *rest, **keys)
+
+    monkeypatch.setattr(curve, "ExactTrainer", Watched)
+    return found
+
+
+def test_each_run_has_its_own_weights_examples_and_seed(recipe, begun):
+    finetune(recipe(), quiet=True)
+    own = transformers.AutoModelForMaskedLM.from_pretrained(recipe().source).get_input_embeddings().weight
+    assert [len(run.places) for run in begun] == [8, 8, 20, 20] * 2
+    assert [torch.equal(run.embeddings, own) for run in begun] == [False, True] * 4, "scratch, pretrained, scratch, ..."
+    assert [run.seed for run in begun] == [0] * 4 + [1] * 4
+    for scratch, pretrained in zip(begun[::2], begun[1::2], strict=True):
+        assert scratch.order == pretrained.order, "twins read the same examples in the same order"
+    for few, more in ((begun[0], begun[2]), (begun[4], begun[6])):
+        assert few.places < more.places, "fewer labels are a part of the more"
+        assert torch.equal(few.embeddings, more.embeddings)
+    first, second = begun[0], begun[4]
+    assert first.places != second.places
+    assert not torch.equal(first.embeddings, second.embeddings), "each seed draws its own twin"
+    assert not torch.equal(begun[1].head, begun[5].head), "and its own head on the backbone"
+
+
+def test_a_learning_rate_is_judged_by_examples_that_it_did_not_train_on(recipe, monkeypatch):
+    trained, held = [], []
+    train, loss = curve.Curve._trained, curve.Curve._loss
+
+    def spied_train(self, run, few, rate, *rest):
+        trained.append({id(item) for shot in few[: run.labels] for item in shot.items})
+        return train(self, run, few, rate, *rest)
+
+    def spied_loss(self, model, items):
+        held.append((trained[-1], {id(item) for item in items}))
+        value, batch = loss(self, model, items), self.collate(list(items))
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            assert value == pytest.approx(functional.cross_entropy(model.eval()(**batch).logits, labels).item(), rel=1e-4)
+        return value
+
+    monkeypatch.setattr(curve.Curve, "_trained", spied_train)
+    monkeypatch.setattr(curve.Curve, "_loss", spied_loss)
+    finetune(recipe(learning_rates=[1e-4, 1e-3], seeds=1), quiet=True)
+    assert len(held) == 2 * 2 * 2
+    for seen, judged in held:
+        assert judged
+        assert not seen & judged
+        assert len(seen | judged) in (8, 20)
+
+
+def test_the_baseline_sees_as_many_labels_as_the_models(recipe, monkeypatch):
+    pytest.importorskip("sklearn")
+    asked, tfidf = [], baseline.tfidf
+    monkeypatch.setattr(baseline, "tfidf", lambda train, test, metric: asked.append([e.where for e in train]) or tfidf(train, test, metric))
+    finetune(recipe(), quiet=True)
+    assert [len(places) for places in asked] == [8, 20, 8, 20]
+    assert set(asked[0]) < set(asked[1])
+    assert set(asked[0]) != set(asked[2])
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_finished_curve_is_told_as_it_is(recipe, tmp_path, monkeypatch):
+    """Resumed where there is no scikit-learn, it keeps its baseline, and everything else."""
+    made = recipe()
+    metrics = finetune(made, quiet=True)
+    before = files_of(tmp_path / "out")
+    monkeypatch.setattr(baseline, "available", lambda: False)
+    assert finetune(made, resume=True, quiet=True)["results"] == metrics["results"]
+    assert files_of(tmp_path / "out") == before
+    assert len(finetune(recipe(seeds=3), resume=True, quiet=True)["results"]) == 3 * 4
+
+
+def test_nothing_is_removed_or_trained_for_what_cannot_begin(recipe, tmp_path, monkeypatch):
+    made = recipe()
+    finetune(made, quiet=True)
+    before = files_of(tmp_path / "out")
+    monkeypatch.setattr(curve.ExactTrainer, "training_step", lambda *args, **keys: pytest.fail("trained"))
+    with pytest.raises(UserError, match="leave no room for a text beside the cue"):
+        finetune(recipe(cue=" what of the film" * 20), overwrite=True, quiet=True)
+    assert files_of(tmp_path / "out") == before
+    with pytest.raises(UserError, match="finds nothing to train"):
+        finetune(recipe(source=tmp_path / "out", method="probe", trainer={"output_dir": str(tmp_path / "probe")}), quiet=True)
+
+
+def test_guessing_the_largest_class_is_scored_as_the_models_are(recipe, tmp_path):
+    metrics = pytest.importorskip("sklearn.metrics")
+    rows = [{"text": f"film {n}", "label": int(n < 2)} for n in range(12)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    truth = [row["label"] for row in rows]
+    for metric, expected in (("accuracy", 10 / 12), ("macro_f1", metrics.f1_score(truth, [0] * 12, average="macro", zero_division=0))):
+        made = recipe(test=str(tmp_path / "test.jsonl"), trainer={"output_dir": str(tmp_path / metric)}, labels=[8], seeds=1, metric=metric)
+        assert finetune(made, quiet=True)["majority"] == pytest.approx(expected)
+
+
+def test_a_run_that_was_begun_under_other_settings_begins_anew(recipe, tmp_path, monkeypatch):
+    """Only finished runs are kept where a change was accepted."""
+    fields = {"labels": [8], "seeds": 1}
+    made = recipe(trainer={"max_steps": 4, "save_steps": 2}, **fields)
+    backbone, step, seen = Path(made.source) / "model.safetensors", curve.ExactTrainer.training_step, []
+
+    def interrupted(self, *args, **keys):
+        seen.append(1)
+        if len(seen) == 4 + 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(curve.ExactTrainer, "training_step", interrupted)
+        with pytest.raises(Interrupted):
+            finetune(made, quiet=True)
+    assert list((tmp_path / "out" / "checkpoints").glob("8-pretrained-0-*/checkpoint-*"))
+    save_file({name: value * 0.5 for name, value in load_file(backbone).items()}, backbone, metadata={"format": "pt"})
+    finetune(made, resume=True, accept=("model.from",), quiet=True)
+    resumed = load_file(tmp_path / "out" / "model.safetensors")
+    finetune(recipe(trainer={"max_steps": 4, "save_steps": 2, "output_dir": str(tmp_path / "fresh")}, **fields), quiet=True)
+    fresh = load_file(tmp_path / "fresh" / "model.safetensors")
+    assert all(torch.equal(value, fresh[name]) for name, value in resumed.items())
+
+
+def test_a_trained_head_keeps_the_order_of_its_classes():
+    names = {0: "pos", 1: "neg"}
+    config = transformers.BertConfig(id2label=names, label2id={"pos": 0, "neg": 1}, architectures=["BertForSequenceClassification"])
+    assert curve.in_order_of(config, ["neg", "pos"]) == ["pos", "neg"]
+    assert curve.in_order_of(config, ["bad", "good"]) == ["bad", "good"]
+    config.architectures = ["BertForMaskedLM"]
+    assert curve.in_order_of(config, ["neg", "pos"]) == ["neg", "pos"]
+
+
+def test_scoring_that_does_not_fit_into_memory_is_one_line(recipe, monkeypatch):
+    monkeypatch.setattr(Sentiment, "evaluate", lambda *args, **keys: (_ for _ in ()).throw(torch.OutOfMemoryError("x")))
+    with pytest.raises(Stopped, match=r"the test set does not fit into memory: --resume with a smaller trainer\.per_device_eval_batch_size"):
+        finetune(recipe(), quiet=True)
+
+
+def test_a_rate_whose_validation_loss_is_not_finite_loses(recipe, monkeypatch):
+    losses = iter([math.nan, 0.5] * 4)
+    monkeypatch.setattr(curve.Curve, "_loss", lambda self, model, items: next(losses))
+    metrics = finetune(recipe(learning_rates=[1e-4, 1e-3], seeds=1), quiet=True)
+    assert {r["learning_rate"] for r in metrics["results"]} == {1e-3}
+
+
+def test_rates_that_no_trained_class_can_judge_are_warned_of(caplog):
+    examples = [Labelled(f"text {n}", str(n % 20), "") for n in range(100)]
+    task = Sentiment(labels=[20], learning_rates=[1e-4, 1e-3])
+    curve.check(task, examples, examples[:5])
+    assert "of 20 labels rates are judged by 1 classes that no other example is of" in caplog.text
+    caplog.clear()
+    curve.check(dataclasses.replace(task, labels=[80]), examples, examples[:5])
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(("label", "message"), [("\ud83d", "half of a surrogate pair"), ("a\nb", "a class of several lines")])
+def test_a_class_is_a_line_of_text(label, message, tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "a film", "label": label}) + "\n")
+    with pytest.raises(UserError, match=rf"x\.jsonl:1: .*{message}"):
+        Sentiment().read(corpus.resolve(str(tmp_path / "x.jsonl")))
+
+
+def test_answers_are_for_classes_however_their_accents_are_spelt():
+    composed, apart = "n\u00e9gatif", "ne\u0301gatif"
+    task = Sentiment(cue=" the film was", answers={apart: [" bad"], "positif": [" good"]})
+    examples = [Labelled("a", composed, ""), Labelled("b", "positif", "")]
+    assert task.fitted(examples, examples) is task
+
+
+def test_a_task_of_ones_own_has_a_card(recipe, monkeypatch, tmp_path):
+    class Topics(Sentiment):
+        name = "topics"
+
+    monkeypatch.setitem(tasks.TASKS, "topics", Topics)
+    finetune(recipe(name="topics", labels=[8], seeds=1), quiet=True)
+    assert "lmssl predict" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_epoch_of_few_examples_is_shuffled_anew():
+    few = Few([{}] * 20, [str(n) for n in range(20)], 3, 60)
+    epochs = [[few.where(i) for i in range(20 * epoch, 20 * epoch + 20)] for epoch in range(3)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != [Few([{}] * 20, few.places, 4, 60).where(i) for i in range(20)]
+
+
+def test_translations_are_scored_against_their_references(monkeypatch):
+    pytest.importorskip("sacrebleu")
+    monkeypatch.setattr(Translation, "predict", lambda self, model, backbone, examples, batch: [e.target for e in examples])
+    scores, written = Translation().evaluate(None, None, [Pair("ein Film von fünf Wörtern", "", "", "a film of five words")], 1)
+    assert scores["bleu"] == pytest.approx(1)
+    assert written == ["a film of five words"]
