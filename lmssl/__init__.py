@@ -13,7 +13,7 @@ _NAMES = {
     "Row": "lmssl.objectives.base",
     "Vocab": "lmssl.objectives.base",
     "Objective": "lmssl.objectives.base",
-    "token_loss": "lmssl.objectives.base",
+    "token_loss": "lmssl.objectives.cross_entropy",
     "TokenSet": "lmssl.data.tokens",
     "prepare": "lmssl.data.tokens",
     "from_iterable": "lmssl.data.tokens",

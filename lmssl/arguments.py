@@ -111,12 +111,12 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
     _check_ranges(values)
     for name in ("save_strategy", "logging_strategy", "eval_strategy"):
         if getattr(values.get(name), "value", values.get(name)) in ("epoch", "best"):
-            raise UserError(f"trainer.{name}: a run is one pass of max_steps, at whose end alone this would act; use steps, and {name.partition('_')[0]}_steps")
+            raise UserError(f"trainer.{name}: a run is one pass of max_steps, so this would act only at its end; use steps, and {name.partition('_')[0]}_steps")
     how = next((name for name in ("torch_compile_mode", "torch_compile_backend") if name in values), None)  # either makes transformers compile
     if how and not values.setdefault("torch_compile", True):
         raise UserError(f"trainer.{how}: says how to compile, and trainer.torch_compile=false that nothing is compiled; keep one of them")
     if {**defaults, **values}.get("optimizer") == "muon" and (unused := [name for name in ("optim", "optim_args") if name in values]):
-        raise UserError(f"trainer.{unused[0]}: is of AdamW and its kin, and the optimizer is muon; trainer.optimizer=adamw takes it")
+        raise UserError(f"trainer.{unused[0]}: configures AdamW and its kin, but the optimizer is muon; to use it: trainer.optimizer=adamw")
     if values.get("use_cpu") and not defaults.get("use_cpu"):  # a GPU's precision and workers are none of the CPU's
         defaults = {k: v for k, v in defaults.items() if k not in ("tf32", "dataloader_num_workers")} | {"bf16": native_bf16("cpu"), "use_cpu": True}
     if "num_train_epochs" in values:
@@ -181,13 +181,13 @@ def build(values: Mapping[str, Any]) -> TrainingArguments:
     here, gpus = processes_here(), torch.cuda.device_count()
     if here > gpus > 0 and not values.get("use_cpu"):
         way_out = f"torchrun --nproc-per-node {gpus} (accelerate launch --num_processes {gpus}), or trainer.use_cpu=true"
-        raise UserError(f"trainer: {here} processes were begun on a machine of {gpus} GPU{'s' if gpus > 1 else ''}: {way_out}")
+        raise UserError(f"trainer: {here} processes were started on a machine with {gpus} GPU{'s' if gpus > 1 else ''}: {way_out}")
     with refused("trainer"):
         args = TrainingArguments(**{k: v for k, v in values.items() if k not in OURS})
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         raise UserError("trainer.dataloader_persistent_workers: there are no workers; trainer.dataloader_num_workers=2 has some")
     if args.fp16 and args.device.type == "cpu":
-        raise UserError("trainer.fp16: half precision is of GPUs; on a CPU trainer.bf16=true, where it has bfloat16")
+        raise UserError("trainer.fp16: half precision needs a GPU; on a CPU use trainer.bf16=true, where it has bfloat16")
     _try(args, values)
     if not args.use_cpu and args.world_size > 1 and args.device.type == "cpu":
         args.use_cpu = True

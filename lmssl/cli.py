@@ -14,7 +14,7 @@ from lmssl import __version__, output
 from lmssl.errors import Interrupted, Stopped, UserError
 
 EPILOG = """\
-A recipe is a YAML file; any key can be set behind it as section.key=value, for example trainer.max_steps=100.
+A recipe is a YAML file; any key can be overridden after it as section.key=value, for example trainer.max_steps=100.
 Several processes: accelerate launch -m lmssl pretrain RECIPE, or torchrun --nproc-per-node 2 -m lmssl pretrain RECIPE.
 Exit status: 0 success, 2 a mistake to mend (one line says which), 3 stopped by lmssl (non-finite loss, full disk),
 128 + signal after SIGINT or SIGTERM, saved."""
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("finetune", _finetune, "Fine-tune on few labels, beside the same model from scratch.", "RECIPE")
     sub.add_argument("--dry-run", action="store_true", help="run a few steps, print what the whole curve will cost, leave nothing")
     continued(sub, "keep the finished runs of the folder and go on with the others", "trainer.learning_rate, data.test, ...")
-    sub = verb("predict", _predict, "Predictions of a fine-tuned checkpoint for files or, where none is named, standard input; a JSON object a line.", "CHECKPOINT")
+    sub = verb("predict", _predict, "Predictions of a fine-tuned checkpoint for files or, where none is named, standard input; one JSON object per line.", "CHECKPOINT")
     sub.add_argument("--task", help="sentiment, translation or qa; read from the checkpoint's recipe.yaml where there is one")
     sub.add_argument("--out", help="file to write instead of standard output")
     sub.add_argument("--batch", type=int, default=32, help="inputs at a time, default 32")
@@ -115,7 +115,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         print(f"lmssl: error: {error}" if not isinstance(error, Interrupted) else f"lmssl: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as error:
-        print(f"lmssl: {error or 'SIGINT'}: stopped outside training steps; what was complete on disk is whole, --resume goes on from it", file=sys.stderr)
+        print(f"lmssl: {error or 'SIGINT'}: stopped outside training steps; what was completed on disk is intact, --resume continues from it", file=sys.stderr)
         return 143 if str(error) else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +67,3 @@ def held_out(
 def held_out_stream(stream_like: Stream, seq_length: int, start: int | None) -> Stream:
     """The held-out rows of a training stream: file order, fixed seed, the objective's fixed held-out rate."""
     return Stream(stream_like.tokens.held_out(), stream_like.objective.held_out(), seq_length, seed=0, length=None, start=start)
-
-
-def result(values: dict[str, Any]) -> dict[str, float]:
-    """What goes into metrics.json."""
-    return {"loss": values["loss"], "bits_per_byte": values["bits_per_byte"]}

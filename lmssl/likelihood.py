@@ -1,6 +1,6 @@
 """How likely a pretrained model finds a text, and minimal pairs: which of two sentences it prefers.
 
-* decoders: the log-likelihood of the tokens behind bos (eos where there is none), as lm-eval counts it.
+* decoders: the log-likelihood of the tokens after bos (eos where there is none), as lm-eval counts it.
 * encoders: the pseudo-log-likelihood of Salazar et al. 2020 (arXiv:1910.14659): each token masked alone, its
   log-probability summed.
 * encoder-decoders: the same with one token at a time replaced, by a sentinel where the model was pretrained with span

@@ -32,7 +32,8 @@ from transformers.models.auto.modeling_auto import (
 from lmssl import packing
 from lmssl.config import check_keys
 from lmssl.errors import UserError, did_you_mean
-from lmssl.objectives.base import Family, Objective, Unprojected, Vocab
+from lmssl.objectives.base import Family, Objective, Vocab
+from lmssl.objectives.cross_entropy import Unprojected
 from lmssl.packing import additive, positions_within, same_document
 
 log = logging.getLogger("lmssl")
@@ -68,7 +69,8 @@ def check_family(config: PretrainedConfig, objective: Objective, name: str) -> F
         from lmssl.objectives import OBJECTIVES
 
         fitting = [n for n, o in OBJECTIVES.items() if family in o.families]  # type: ignore[attr-defined]
-        raise UserError(f"objective.name: '{name}' trains {' and '.join(sorted(objective.families))} models; '{config.model_type}' is a {family} (use {' or '.join(fitting)})")
+        own = f"'{config.model_type}' is {'a' if family == 'decoder' else 'an'} {family}"
+        raise UserError(f"objective.name: '{name}' trains {' and '.join(sorted(objective.families))} models; {own} (use {' or '.join(fitting)})")
     return family
 
 

@@ -27,7 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 from lmssl import arguments, machine, models, output, packing, recipe
 from lmssl.data.stream import Stream, count_tokens
 from lmssl.errors import Interrupted, UserError, out_of_memory
-from lmssl.objectives.base import token_loss
+from lmssl.objectives.cross_entropy import token_loss
 from lmssl.optimizers import outer_parameters
 from lmssl.recipe import FinetuneRecipe, PretrainRecipe
 

@@ -20,7 +20,8 @@ from lmssl.data.tokens import TokenSet
 from lmssl.errors import Diverged, UserError, fitting
 from lmssl.evaluation import held_out, held_out_stream
 from lmssl.objectives import fields_of
-from lmssl.objectives.base import IGNORE, Objective, token_loss
+from lmssl.objectives.base import IGNORE, Objective
+from lmssl.objectives.cross_entropy import token_loss
 from lmssl.trainer import ExactTrainer
 
 
@@ -137,7 +138,7 @@ class PretrainTrainer(ExactTrainer):
                 self.args.per_device_eval_batch_size,
                 self.args.device,
                 (self.args.process_index, self.args.world_size),
-                self._sum,
+                self.summed,
             )
         metrics = {"eval_loss": values["loss"], "eval_bits_per_byte": values["bits_per_byte"]}
         self.log(metrics)

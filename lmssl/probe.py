@@ -20,7 +20,7 @@ from lmssl import config, machine, models
 from lmssl.arguments import FEWER_ROWS
 from lmssl.data.stream import Collator, Stream
 from lmssl.errors import UserError, fitting, out_of_memory
-from lmssl.objectives.base import token_loss
+from lmssl.objectives.cross_entropy import token_loss
 
 log = logging.getLogger("lmssl")
 

@@ -1,4 +1,4 @@
-"""One offline HTML page per run or set of runs, the same plots as PNG, and the model card."""
+"""One offline HTML page per run or set of runs, and the same plots as PNG."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lmssl import statistics
+from lmssl import output, statistics
 from lmssl.errors import UserError
 
 COLOURS = {"pretrained": "#1f77b4", "scratch": "#d62728", "held out": "#2ca02c", "training": "#7f7f7f", "tf-idf": "#9467bd"}
@@ -54,7 +54,7 @@ def write(folders: list[Path], *, png: bool = False) -> Path:
     runs.sort(key=lambda run: "results" not in run[1])  # the evidence first
     target = folders[0] / "report.html"
     title = "lmssl: " + ", ".join(folder.name for folder in folders)
-    target.write_text(page(runs, title, folders[0] if png else None), encoding="utf-8")
+    output.write(target, page(runs, title, folders[0] if png else None))
     return target
 
 

@@ -22,7 +22,7 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     """
     from lmssl import machine, models
     from lmssl.data.stream import Collator
-    from lmssl.evaluation import held_out, result
+    from lmssl.evaluation import held_out
 
     folder = Path(checkpoint)
     saved = config.load(folder / "recipe.yaml", (), PRETRAIN) if (folder / "recipe.yaml").is_file() else {}
@@ -55,7 +55,7 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     values = held_out(model, stream, Collator(objective, data.seq_length, family, vocab.pad), batch, model.device)
     if not values["labels"]:
         raise UserError(f"data.text: {sections['objective']['name']} asks for no token of this text; it is too short to measure anything")
-    found = result(values)
+    found = {name: values[name] for name in ("loss", "bits_per_byte")}
     asked = [o for o in overrides if o.startswith(("data.", "objective."))]
     if asked:
         _note(folder, "evaluated", {" ".join(asked): found})
@@ -136,28 +136,26 @@ def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
     from lmssl.tasks.base import Backbone
 
     folder = Path(checkpoint)
-    checkpoint_config = models.read_config(checkpoint, "CHECKPOINT")
-    family, tokenizer = models.family_of(checkpoint_config), tokenization.load(checkpoint)
+    models.read_config(checkpoint, "CHECKPOINT")
+    backbone = Backbone.load(checkpoint)
     names, hint = ("sentence_good", "sentence_bad"), "minimal pairs have the columns of BLiMP: sentence_good, sentence_bad, UID"
     records = [record for source in corpus.resolve(path, "--pairs") for record in corpus.labelled(source, hint)]
     pairs = [(*(corpus.text_of(r, name, where, hint) for name in names), str(r.get("UID", "all"))) for r, where in records]
     if not pairs:
         raise UserError(f"--pairs: {path} holds no pair")
-    model = Backbone.load(checkpoint).build(models.AUTO[family], True, 0).to(machine.device())
+    model = backbone.build(models.AUTO[backbone.family], True, 0).to(machine.device())
     _check_whole(model, checkpoint)
-    vocab = tokenizer.vocab(getattr(checkpoint_config, "decoder_start_token_id", None))
-    begin = 1 if "bos" in tokenizer.roles else 0
-    ids = [row[begin:-1] for row in tokenizer.encode([text for good, bad, _ in pairs for text in (good, bad)])]
-    room = (models.max_length(checkpoint_config) or 2**31) - 2
+    vocab = backbone.tokenizer.vocab(getattr(backbone.config, "decoder_start_token_id", None))
+    ids = backbone.ids([text for good, bad, _ in pairs for text in (good, bad)])
+    room = (models.max_length(backbone.config) or 2**31) - 2
     for number, row in enumerate(ids):
         if len(row) > room:
             raise UserError(f"{records[number // 2][1]}: a sentence of {len(row)} tokens; the checkpoint reads {room}")
-    saved = config.load(folder / "recipe.yaml", (), PRETRAIN) if (folder / "recipe.yaml").is_file() else {}
-    trained_by = saved.get("objective", {}).get("name", "infilling" if checkpoint_config.model_type in ("bart", "mbart") else "")
+    trained_by = config.of_folder(checkpoint).get("objective", {}).get("name", "infilling" if backbone.config.model_type in ("bart", "mbart") else "")
     by = "mask" if trained_by == "infilling" else "sentinel"
-    total = len(ids) if family == "decoder" else sum(map(len, ids))
+    total = len(ids) if backbone.family == "decoder" else sum(map(len, ids))
     with tqdm(total=total, unit="row", disable=None, leave=False) as bar:
-        values = likelihood.log_likelihoods(model, family, ids, vocab, by, bar.update)
+        values = likelihood.log_likelihoods(model, backbone.family, ids, vocab, by, bar.update)
     found = likelihood.preferred(values[::2], values[1::2], [kind for _, _, kind in pairs])
     _note(folder, "minimal_pairs", found)
     return found

@@ -136,7 +136,7 @@ class Tokenizer:
         return Tokenizer(backend, self.roles, self.sentinels, settings | {"model_input_names": ["input_ids", "attention_mask"]}, self.source)
 
     def round_trip(self, texts: list[str]) -> list[str]:
-        """What is left of each text behind encoding and decoding: all of it, or its lower case, its accents gone, ..."""
+        """What is left of each text after encoding and decoding: all of it, or its lower case, its accents gone, ..."""
         encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return self.backend.decode_batch([e.ids for e in encoded], skip_special_tokens=True)
 

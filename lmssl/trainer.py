@@ -26,7 +26,7 @@ from lmssl import checkpoints, machine, models
 from lmssl.arguments import FEWER_ROWS, OWNED, WHOLE
 from lmssl.data.stream import Onwards, Stream, count_tokens
 from lmssl.errors import Interrupted, Stopped, UserError, fitting, refused, written
-from lmssl.objectives.base import token_loss
+from lmssl.objectives.cross_entropy import token_loss
 from lmssl.optimizers import MuonAdamW, muon_groups, sizes_of
 from lmssl.watch import Clock, Guard, Progress, of_the_data, spare_worker
 
@@ -355,9 +355,9 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         }
 
     def _total_tokens(self) -> int:
-        return self._tokens_before + int(self._sum(torch.tensor([float(self._tokens)], dtype=torch.float64)).item())
+        return self._tokens_before + int(self.summed(torch.tensor([float(self._tokens)], dtype=torch.float64)).item())
 
-    def _sum(self, value: Tensor) -> Tensor:
+    def summed(self, value: Tensor) -> Tensor:
         """A float64 tensor summed over ranks."""
         if self.args.world_size == 1:
             return value

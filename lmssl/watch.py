@@ -121,7 +121,7 @@ class Guard(TrainerCallback):
     def _look_at(self, values: Tensor, step: int, scaled: bool) -> None:
         """At the gradient norm and the losses of a step: stop before its update, or warn."""
         bad = (~torch.isfinite(values[1:] if scaled else values)).any().double().reshape(1)
-        if self.trainer._sum(bad).item():
+        if self.trainer.summed(bad).item():
             what = "the loss" if not torch.isfinite(values[1:]).all() else "the gradient"
             raise self.trainer.stopped(f"{what} of {self._step(step)} is not finite; no update was made; {self._replay(step)}", Diverged)
         size = float(values[0])
@@ -151,7 +151,7 @@ class Guard(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         signum = self.signum  # read once: a signal that comes while the ranks compare is seen by all of them a step later
-        if args.world_size > 1 and self.trainer._sum(torch.tensor([float(signum)], dtype=torch.float64)).item():
+        if args.world_size > 1 and self.trainer.summed(torch.tensor([float(signum)], dtype=torch.float64)).item():
             signum = signum or signal.SIGTERM
         if signum:
             self.signum, self.acted, control.should_save, control.should_training_stop = signum, True, True, True

@@ -80,7 +80,7 @@ BAD_RECIPES = [
     (["objective.rate=1.5"], "objective: rate=1.5 must be above 0.0 and at most 1.0"),
     (["objective.rate=lots"], "objective.rate: expected a number, got 'lots'"),
     (["objective.name=maskd"], "no objective 'maskd'; did you mean 'masked'"),
-    (["objective.name=next_token"], "'bert' is a encoder"),
+    (["objective.name=next_token"], "'bert' is an encoder"),
     (["objective.name=no_such_module:Thing"], "cannot be imported"),
     (["model.hiden_size=48"], "model.hiden_size: unknown key; did you mean 'hidden_size'"),
     (["model.architecture=brt"], "did you mean 'bert'"),

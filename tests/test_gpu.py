@@ -10,8 +10,7 @@ from lmssl import arguments as sections
 from lmssl import machine, models, packing
 from lmssl.data.stream import Stream
 from lmssl.errors import Stopped
-from lmssl.objectives.base import token_loss
-from lmssl.objectives.cross_entropy import ALIGNED, PROJECTED, linear_cross_entropy, summed_cross_entropy
+from lmssl.objectives.cross_entropy import ALIGNED, PROJECTED, linear_cross_entropy, summed_cross_entropy, token_loss
 from tests.helpers import OBJECTIVE, SMALL, apart, arguments, first_step, small_model, token_set
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -16,8 +16,7 @@ import lmssl
 from lmssl import models
 from lmssl.data.stream import Collator, Stream
 from lmssl.objectives import cross_entropy
-from lmssl.objectives.base import token_loss
-from lmssl.objectives.cross_entropy import FEWEST, linear_cross_entropy, summed_cross_entropy
+from lmssl.objectives.cross_entropy import FEWEST, linear_cross_entropy, summed_cross_entropy, token_loss
 from tests.helpers import OBJECTIVE, SMALL, apart, arguments, first_step, small_model, token_set
 from tests.one_step import SENTIMENT, save_backbones, sentiment_step
 

@@ -13,7 +13,7 @@ from torch import nn
 import lmssl
 from lmssl import machine, packing
 from lmssl.objectives import NextToken
-from lmssl.objectives.base import token_loss
+from lmssl.objectives.cross_entropy import token_loss
 from tests.helpers import arguments, small_model, token_set
 
 

@@ -37,7 +37,7 @@ def refusal(capsys, *args):
         ("trainer.logging_strategy=epoch", "use steps, and logging_steps"),
         ("trainer.lr_scheduler_type=cosine_with_min_lr", "trainer.lr_scheduler_type: cosine_with_min_lr .*min_lr"),
         ("trainer.lr_scheduler_type=warmup_stable_decay", "trainer.lr_scheduler_type: warmup_stable_decay .*num_decay_steps"),
-        ("trainer.optim=sgd", "trainer.optim: is of AdamW and its kin, and the optimizer is muon"),
+        ("trainer.optim=sgd", "trainer.optim: configures AdamW and its kin, but the optimizer is muon"),
         ("trainer.max_step=null", "trainer.max_step: unknown key; did you mean 'max_steps'"),
         ("data.seq_lenth=null", "data.seq_lenth: unknown key; did you mean 'seq_length'"),
         ("data.text=null", "data.text: missing"),
@@ -50,7 +50,7 @@ def refusal(capsys, *args):
         ("model.architecture=qwen2 objective.name=next_token", "transformers reads every tokenizer of a 'qwen2'"),
         ("trainer.fsdp=full_shard", "every process holds the whole model"),
         ("trainer.optimizer=adamw trainer.optim=adamw_bnb_8bit", "trainer.optim: .*bitsandbytes"),
-        ("trainer.fp16=true trainer.bf16=false", "trainer.fp16: half precision is of GPUs"),
+        ("trainer.fp16=true trainer.bf16=false", "trainer.fp16: half precision needs a GPU"),
         ("trainer.torch_compile_mode=default trainer.torch_compile=false", "trainer.torch_compile_mode: says how to compile"),
         ("trainer.accelerator_config={gradient_accumulation_kwargs:{num_steps:4}}", "gradient_accumulation_kwargs are not to be set"),
         ("trainer.report_to=wandb", "trainer: .*(?i:wandb)"),
@@ -279,4 +279,4 @@ def test_more_processes_than_gpus(corpus_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     overrides = [f"data.text={corpus_file}", f"trainer.output_dir={tmp_path / 'run'}"]
     line = refusal(capsys, "pretrain", "recipes/pretrain/quickstart.yaml", *overrides, "trainer.use_cpu=false")
-    assert "trainer: 2 processes were begun on a machine of 1 GPU: torchrun --nproc-per-node 1 (accelerate launch --num_processes 1), or trainer.use_cpu=true" in line
+    assert "trainer: 2 processes were started on a machine with 1 GPU: torchrun --nproc-per-node 1 (accelerate launch --num_processes 1), or trainer.use_cpu=true" in line

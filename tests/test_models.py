@@ -255,7 +255,7 @@ def test_families():
     expected = {"gpt2": "decoder", "llama": "decoder", "bert": "encoder", "roberta": "encoder", "modernbert": "encoder", "t5": "encoder-decoder", "bart": "encoder-decoder"}
     for name, family in expected.items():
         assert models.family_of(AutoConfig.for_model(name)) == family
-    with pytest.raises(UserError, match="'bert' is a encoder"):
+    with pytest.raises(UserError, match="'bert' is an encoder"):
         models.check_family(AutoConfig.for_model("bert"), NextToken(), "next_token")
 
 

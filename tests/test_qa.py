@@ -12,7 +12,7 @@ import torch
 
 from lmssl.data import corpus
 from lmssl.errors import UserError
-from lmssl.objectives.base import token_loss
+from lmssl.objectives.cross_entropy import token_loss
 from lmssl.predict import examples
 from lmssl.tasks import squad
 from lmssl.tasks.base import Backbone, Few

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lmssl.errors import UserError
-from lmssl.objectives.base import token_loss
+from lmssl.objectives.cross_entropy import token_loss
 from lmssl.tasks import generation
 from lmssl.tasks.base import Backbone, Few
 from lmssl.tasks.translation import Pair, Translation, bleu_and_chrf

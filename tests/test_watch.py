@@ -29,7 +29,7 @@ def _ctrl_c():
 def test_a_signal_to_one_of_many_ranks_stops_them_all(mine, total, expected, shared_dir, tmp_path, monkeypatch):
     trainer = trainer_of("llama", token_set(shared_dir), tmp_path)
     trainer.guard.signum = mine
-    monkeypatch.setattr(trainer, "_sum", lambda value: torch.tensor([total]))
+    monkeypatch.setattr(trainer, "summed", lambda value: torch.tensor([total]))
     ranks = SimpleNamespace(world_size=64)
     trainer.guard.on_step_end(ranks, trainer.state, trainer.control)
     assert trainer.guard.signum == expected

@@ -32,9 +32,7 @@ class Grams:
     def __init__(self, texts: Iterable[str]):
         self._ids: dict[str, int] = {}
         found: dict[int, list[tuple[np.ndarray, int]]] = {}
-        self.texts = 0
         for number, text in enumerate(texts):
-            self.texts += 1
             words = self._words(text)
             n = min(GRAM, len(words))
             if n >= SHORTEST:

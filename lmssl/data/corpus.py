@@ -26,7 +26,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lmssl.data import formats, verses
 from lmssl.data.formats import BadRecords, Record
@@ -45,7 +45,6 @@ class Source:
     kind: str
     column: str | None = None
     split: str = "train"
-    read: Callable[[IO[bytes] | None], None] | None = None
 
     @property
     def bytes(self) -> int:

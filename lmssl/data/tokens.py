@@ -139,7 +139,7 @@ def write(
             of their own, which are then dropped from `texts`.
         sources: what the manifest says of the text's origin.
         tests: training documents that share 13 words in a row with these are dropped and counted.
-        bad: of the reader behind `texts`; what it skipped is counted in the manifest.
+        bad: of the reader that yields `texts`; what it skipped is counted in the manifest.
 
     Raises:
         UserError: no document, or so few that none is left to train on; a folder that holds something else.
@@ -179,52 +179,45 @@ def _staged(out: Path) -> Iterator[Path]:
 def _divide(texts: Iterable[tuple[str, str]], held_out: float | Iterable[tuple[str, str]], tests: Grams | None, train: _Writer, held: _Writer) -> Counter[str]:
     """Each document into one of the two, or into neither: how many `duplicates` and `leaks` there were."""
     seen, dropped = _Seen(), Counter[str]()
-    fraction, own = (held_out, ()) if isinstance(held_out, int | float) else (0, held_out)
-    limit, any_held = below(fraction), False
-    waiting: tuple[int, str] | None = None  # the smallest hash so far: held out if nothing lies below the limit
-
-    def keep(text: str) -> None:
-        if tests is not None and len(tests.found_in(text)):
-            dropped["leaks"] += 1
-        else:
-            train.add(text)
-
+    fraction, own = (held_out, ()) if isinstance(held_out, int | float) else (0.0, held_out)
     for text, _ in own:
         if seen.add(content_hash(text)):
             held.add(text)
-    for text, _ in texts:
-        value = content_hash(text)
-        if not seen.add(value):
-            dropped["duplicates"] += 1
-        elif value < limit:
+
+    def new() -> Iterator[tuple[int, str]]:
+        for text, _ in texts:
+            value = content_hash(text)
+            if seen.add(value):
+                yield value, text
+            else:
+                dropped["duplicates"] += 1
+
+    for text, is_held in _marked(new(), fraction):
+        if is_held:
             held.add(text)
-            any_held = True
-        elif limit and not any_held and (waiting is None or value < waiting[0]):
-            if waiting:
-                keep(waiting[1])
-            waiting = (value, text)
+        elif tests is not None and len(tests.found_in(text)):
+            dropped["leaks"] += 1
         else:
-            keep(text)
-    if waiting and any_held:
-        keep(waiting[1])
-    elif waiting:
-        held.add(waiting[1])
+            train.add(text)
     return dropped
 
 
-def _held_of(texts: Iterable[str], fraction: float) -> Iterator[str]:
-    """The documents that a fraction holds out: those below its limit, or the one of the smallest hash."""
+def _marked(documents: Iterable[tuple[int, str]], fraction: float) -> Iterator[tuple[str, bool]]:
+    """Each (content hash, text) as (text, whether it is held out): those below the fraction's limit, or the one of the smallest hash where none is."""
     limit, any_held = below(fraction), False
-    waiting: tuple[int, str] | None = None
-    for text in texts:
-        value = content_hash(text)
+    waiting: tuple[int, str] | None = None  # the smallest hash so far
+    for value, text in documents:
         if value < limit:
             any_held = True
-            yield text
-        elif not any_held and (waiting is None or value < waiting[0]):
+            yield text, True
+        elif not limit or any_held or (waiting and value > waiting[0]):
+            yield text, False
+        else:
+            if waiting:
+                yield waiting[1], False
             waiting = value, text
-    if waiting and limit and not any_held:
-        yield waiting[1]
+    if waiting:
+        yield waiting[1], not any_held
 
 
 def _nothing_to_train_on(sources: list[dict[str, Any]], held_back: int) -> UserError:
@@ -279,7 +272,9 @@ def prepare(
             grams = None
             if decontaminate:
                 found = (text for text, _ in corpus.documents(tests or held or train, None, corpus.BadRecords(skip)))
-                grams = Grams(found if tests or held else _held_of(found, float(held_out)))
+                if not (tests or held):
+                    found = (text for text, is_held in _marked(((content_hash(text), text) for text in found), float(held_out)) if is_held)
+                grams = Grams(found)
             bad = corpus.BadRecords(skip, "data.on_bad_record=skip leaves such records out")
             texts = corpus.documents(train, bar.update, bad)
             made = write(texts, tokenizer, folder, corpus.documents(held, bar.update, bad) if held else float(held_out), described, grams, bad)
@@ -297,8 +292,8 @@ def _progress(total: int, quiet: bool) -> Any:
 def _chunks(path: Path) -> Iterator[Any]:
     """The `input_ids` of each batch of a file, as a list array over the mapped file.
 
-    To look at a batch maps the pages around what was looked at, 64 KiB or more, and they would count as this process's memory: of much
-    text more than all the rest. So they are given back now and then; the next look maps them again.
+    Reading a batch maps the pages around it (64 KiB or more), which count as this process's memory; for a large text that is more than all
+    the rest. They are released now and then, and mapped again when they are read.
     """
     import pyarrow as pa
 

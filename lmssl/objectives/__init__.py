@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from lmssl.config import build, check_keys
+from lmssl.config import build
 from lmssl.errors import UserError, did_you_mean
 from lmssl.objectives.base import Objective
 from lmssl.objectives.denoising import Infilling, SpanCorruption
@@ -34,7 +34,6 @@ def make(section: Mapping[str, Any], where: str = "objective") -> Objective:
     fields = dict(section)
     name = fields.pop("name", None)
     if not isinstance(name, str):
-        check_keys(section, ["name"], where) if not section else None
         raise UserError(f"{where}.name: missing; {did_you_mean(name, OBJECTIVES)}")
     return build(OBJECTIVES.get(name) or _plugin(name, where), fields, where)
 

@@ -1,21 +1,18 @@
-"""What an objective is given, what it returns, and the one loss that all of them share."""
+"""What an objective is given and what it returns: rows, a vocabulary, arrays."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
 
 Family = Literal["decoder", "encoder", "encoder-decoder"]
 Arrays = dict[str, np.ndarray]
 
 IGNORE = -100
-"""The label of a position where nothing is asked: transformers' own convention."""
+"""The label of a position without a label: transformers' own convention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +20,7 @@ class Row:
     """Packed tokens, straight from the stream.
 
     Attributes:
-        ids: int32 [L], token ids; documents stand one behind another, each ends with `eos` (and begins with `bos`
+        ids: int32 [L], token ids; documents stand one after another, each ends with `eos` (and begins with `bos`
             where the tokenizer has one) unless the row cut it.
         segments: int32 [L], which document a position belongs to: 1, 1, 2, 2, 0. 0 is padding and stands last.
     """
@@ -152,38 +149,3 @@ def check_rate(name: str, value: float, *, low: float = 0.0, high: float = 1.0, 
 def round_random(x: float, rng: np.random.Generator) -> int:
     """x rounded down or up, so that the mean is exactly x. Keeps a rate exact over rows of any length."""
     return int(np.floor(x + rng.random()))
-
-
-@dataclass(frozen=True)
-class Unprojected:
-    """Output of a model that left its vocabulary projection to the loss: hidden [..., D], weight [V, D], bias [V] or None."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-
-def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | float | None = None) -> torch.Tensor:
-    """The one loss of every objective and task: summed cross-entropy over labelled tokens / their number.
-
-    A sum divided by the count over the whole optimizer step (every micro-batch, every rank), so that the split of a
-    batch never changes its gradient. A mean of means is wrong as soon as two micro-batches hold different counts.
-
-    Args:
-        outputs: a model output with `logits`, float [..., C]; or `Unprojected`.
-        labels: int64, as many as there are rows of logits, -100 where nothing is asked. Decoder labels are already
-            aligned with the logits that predict them.
-        num_items_in_batch: labelled tokens of the whole optimizer step; None counts those at hand.
-
-    Returns:
-        A float32 scalar.
-    """
-    from lmssl.objectives.cross_entropy import linear_cross_entropy, summed_cross_entropy
-
-    labels = labels.reshape(-1)
-    if isinstance(outputs, Unprojected):
-        total = linear_cross_entropy(outputs.hidden.reshape(labels.numel(), -1), outputs.weight, outputs.bias, labels)
-    else:
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
-        total = summed_cross_entropy(logits.reshape(labels.numel(), -1), labels)
-    return total / ((labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -1,4 +1,4 @@
-"""Summed cross-entropy that never holds a float32 copy of the logits, or, where it projects to them itself, no logits at all.
+"""The one loss of every objective and task, over a summed cross-entropy that never holds a float32 copy of the logits, or, where it projects to them itself, no logits at all.
 
 On a CPU the arithmetic goes through the logits in parts that its caches hold. On a GPU two kernels that torch compiles do it, each of
 which reads the logits once or twice and keeps what is between in registers; where torch cannot compile, larger parts.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -217,3 +218,36 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, la
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, dtype)
+
+
+@dataclass(frozen=True)
+class Unprojected:
+    """Output of a model that left its vocabulary projection to the loss: hidden [..., D], weight [V, D], bias [V] or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | float | None = None) -> Tensor:
+    """The one loss of every objective and task: summed cross-entropy over labelled tokens / their number.
+
+    A sum divided by the count over the whole optimizer step (every micro-batch, every rank), so that the split of a
+    batch never changes its gradient. A mean of means is wrong as soon as two micro-batches hold different counts.
+
+    Args:
+        outputs: a model output with `logits`, float [..., C]; or `Unprojected`.
+        labels: int64, as many as there are rows of logits, -100 where nothing is asked. Decoder labels are already
+            aligned with the logits that predict them.
+        num_items_in_batch: labelled tokens of the whole optimizer step; None counts those at hand.
+
+    Returns:
+        A float32 scalar.
+    """
+    labels = labels.reshape(-1)
+    if isinstance(outputs, Unprojected):
+        total = linear_cross_entropy(outputs.hidden.reshape(labels.numel(), -1), outputs.weight, outputs.bias, labels)
+    else:
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+        total = summed_cross_entropy(logits.reshape(labels.numel(), -1), labels)
+    return total / ((labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -101,6 +101,10 @@ class FewLabels:
         """Counts about the test examples that the result should state."""
         return {}
 
+    def scores(self, truth: Sequence[str], guesses: Sequence[str]) -> dict[str, float]:
+        """Of guessed classes; a task with `classes` and another metric than accuracy has its own."""
+        return {"accuracy": sum(a == b for a, b in zip(truth, guesses, strict=True)) / len(truth)}
+
     def write_outputs(self, folder: Path, name: str, examples: Sequence[Any], outputs: Sequence[str]) -> None:
         """Save the output for each test example: a line each."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,8 @@ from lmssl.data import corpus
 from lmssl.data.stream import mix
 from lmssl.data.tokens import content_hash
 from lmssl.errors import Diverged, UserError, fitting, written
-from lmssl.objectives.base import IGNORE, token_loss
+from lmssl.objectives.base import IGNORE
+from lmssl.objectives.cross_entropy import token_loss
 from lmssl.statistics import equivalence, summary
 from lmssl.tasks import adapters, baseline
 from lmssl.tasks.base import Backbone, Few, Item, Task, batched, nested, split_test, split_validation, steps_for
@@ -83,12 +84,12 @@ def check(task: Task, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
         if seed == 0 and len(few) < len(classes):
             log.warning("of %d classes %d are too rare for the first %d labels: %s ...", len(classes), len(classes) - len(few), least, ", ".join(sorted(set(classes) - few)[:5]))
         if len(few) < 2:
-            raise UserError(f"task.labels: the first {least} examples of seed {seed} are all '{few.pop()}', as rare as the others are; ask for more")
+            raise UserError(f"task.labels: the first {least} examples of seed {seed} are all '{few.pop()}', because the other classes are too rare; ask for more labels")
     for count in sorted({*task.labels, *task.scratch_labels}) if task.classes and task.learning_rates else ():
         labels = [train[i].label for i in nested(train, 0)[:count]]
         places, held = split_validation(labels, task.validation)
         if unknown := {labels[i] for i in held} - {labels[i] for i in places}:
-            log.warning("task.learning_rates: of %d labels rates are judged by %d classes that no other example is of; more labels judge better", count, len(unknown))
+            log.warning("task.learning_rates: with %d labels learning rates are validated on %d classes that are not trained on; more labels judge better", count, len(unknown))
     for example in test:
         if task.classes and example.label not in classes:
             raise UserError(f"{example.where}: the class '{example.label}' is not in the training data ({', '.join(classes)}); leave it out, or give data.test as files")
@@ -192,7 +193,20 @@ class Curve:
             ledger.save(self._seconds())
             self._forget(run, rate)
             self._say(ledger.results[-1], len(todo), number + 1, len(missing))
-        results = [found for run in todo if (found := ledger.result(**vars(run)))]
+        return self._metrics([found for run in todo if (found := ledger.result(**vars(run)))], notes)
+
+    def try_out(self) -> None:
+        """Refuse weights that cannot be loaded, a method that finds nothing to train, examples that cannot be encoded: nothing is trained or written."""
+        adapters.apply(self.task.model(self.backbone, True, 0), self.task.method, self.task.lora_rank)
+        self._few(0)
+
+    def is_told_by(self, metrics: dict[str, Any] | None) -> bool:
+        """Whether metrics.json holds the result of every run and of no other."""
+        told = [(r["labels"], r["init"], r["seed"]) for r in (metrics or {}).get("results", [])]
+        return sorted(told) == sorted((run.labels, run.init, run.seed) for run in self.todo())
+
+    def _metrics(self, results: list[dict[str, Any]], notes: dict[str, int]) -> dict[str, Any]:
+        """What `run` returns."""
         metrics = {
             "task": self.task.name,
             "metric": self.task.metric,
@@ -206,12 +220,12 @@ class Curve:
             "majority": max((self.task.scores([e.label for e in self.test], [c] * len(self.test))[self.task.metric] for c in self.backbone.classes), default=0.0),
             "max_length": self.backbone.length,
             "learning_rate": self.args.learning_rate,
-            "tuning": ledger.tuning,
+            "tuning": self.ledger.tuning,
             "results": results,
             "summary": summary(results),
             "equivalence": equivalence(results),
             "notes": notes,
-            "saved_labels": next((r["labels"] for r in ledger.results if r.get("saved")), max(self.task.labels)),
+            "saved_labels": next((r["labels"] for r in self.ledger.results if r.get("saved")), max(self.task.labels)),
         }
         if self.task.classes and baseline.available():
             try:
@@ -219,16 +233,6 @@ class Curve:
             except ValueError as error:  # scikit-learn's, for example of texts without a word of two letters
                 log.warning("no TF-IDF baseline: %s", str(error).strip().splitlines()[-1])
         return metrics | {"seconds": self._seconds()}
-
-    def try_out(self) -> None:
-        """Refuse weights that cannot be loaded, a method that finds nothing to train, examples that cannot be encoded: nothing is trained or written."""
-        adapters.apply(self.task.model(self.backbone, True, 0), self.task.method, self.task.lora_rank)
-        self._few(0)
-
-    def is_told_by(self, metrics: dict[str, Any] | None) -> bool:
-        """Whether metrics.json holds the result of every run and of no other."""
-        told = [(r["labels"], r["init"], r["seed"]) for r in (metrics or {}).get("results", [])]
-        return sorted(told) == sorted((run.labels, run.init, run.seed) for run in self.todo())
 
     def todo(self) -> list[Run]:
         """Every run of the curve; the twins stand side by side."""
@@ -351,7 +355,7 @@ class Curve:
     def _scored(self, model: PreTrainedModel, run: Run) -> dict[str, Any]:
         with fitting("the test set", FEWER, self.trainer.stopped), self.trainer.compute_loss_context_manager():
             scores, outputs = self.task.evaluate(model, self.backbone, self.test, self.args.per_device_eval_batch_size, compiled=self.args.torch_compile)
-        if self.args.process_index == 0:
+        if self.first:
             self.task.write_outputs(self.out / "predictions", f"{run.labels}-{run.init}-{run.seed}", self.test, outputs)
         return scores
 

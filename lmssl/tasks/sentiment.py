@@ -67,7 +67,7 @@ class Sentiment(FewLabels):
     keep: Literal["start", "end"] = "end"
     """Which part of a long text is kept."""
     cue: str = ""
-    """Text put behind every input, for example " Overall, this film was"; special tokens may stand in it. What a decoder's head
+    """Text appended to every input, for example " Overall, this film was"; special tokens may stand in it. What a decoder's head
     reads is the state that predicts the next token; a cue makes the next token the one in question (compare Schick and
     Schuetze 2020, 2001.07676). T5's head reads the decoder's last state."""
     answers: dict[str, list[str]] = field(default_factory=dict)
@@ -150,7 +150,7 @@ class Sentiment(FewLabels):
         return torch.stack([weight[some].mean(0) for some in first])
 
     def _first(self, backbone: Backbone, answer: str) -> int:
-        """The token by which an answer begins behind the cue: it may be another than alone."""
+        """The token with which an answer begins where it follows the cue, which may differ from the one that it begins with alone."""
         cue, both = (backbone.tokenizer.template(text).tolist() for text in (self.cue, self.cue + answer))
         return next(b for k, b in enumerate(both) if k >= len(cue) or b != cue[k])
 

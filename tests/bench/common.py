@@ -219,7 +219,7 @@ def _flops(model: Any, kind: str, data: Any, tokenizer: Any) -> int:
     import torch
 
     from lmssl import machine
-    from lmssl.objectives.base import token_loss
+    from lmssl.objectives.cross_entropy import token_loss
 
     row = data[0]["input_ids"]
     batch = {"input_ids": row, "labels": row}
@@ -291,7 +291,7 @@ def ours(
     from lmssl import arguments, machine, models, packing, probe
     from lmssl.data.stream import Stream
     from lmssl.data.tokens import TokenSet
-    from lmssl.objectives.base import token_loss
+    from lmssl.objectives.cross_entropy import token_loss
     from lmssl.pretraining import PretrainTrainer
 
     tokens = TokenSet(folder)
