@@ -101,10 +101,10 @@ def test_a_sentencepiece_model_alone_names_its_packages(tmp_path, monkeypatch):
 
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": False}
+MIXTURE = {"num_key_value_heads": 2, "num_local_experts": 2, "head_dim": 16, "num_experts_per_tok": 1}
 
 
-@pytest.mark.parametrize(("architecture", "more"), [("gpt_neox", {}), ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 2, "head_dim": 16, "num_experts_per_tok": 1})])
-@pytest.mark.parametrize("continued", [False, True])
+@pytest.mark.parametrize(("architecture", "more", "continued"), [("gpt_neox", {}, True), ("mixtral", MIXTURE, False)])
 def test_an_architecture_whose_weights_have_other_names_on_the_hub_is_resumed(architecture, more, continued, corpus_file, tmp_path):
     """Their files on the hub say embed_out, or have each expert apart; transformers reads either."""
     model = {"architecture": architecture, **SIZES, **more}
