@@ -108,6 +108,7 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
     values = {k: config.convert(v, OURS.get(k) or hints[k], f"trainer.{k}") for k, v in section.items()}
     if not str(values.get("output_dir") or "").strip():
         raise UserError("trainer.output_dir: missing; name the folder of the run")
+    values["output_dir"] = os.path.expanduser(values["output_dir"])  # as TrainingArguments does
     _check_ranges(values)
     for name in ("save_strategy", "logging_strategy", "eval_strategy"):
         if getattr(values.get(name), "value", values.get(name)) in ("epoch", "best"):

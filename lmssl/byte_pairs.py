@@ -7,9 +7,10 @@ smallest id. The two make the same ids of every text where
 2. the list spells every token out: the token's own bytes merge into it. Then just before its rank they stand as its
    listed pair; and since a merge looks at nothing outside its pair, no other pair with the same union ever stands
    side by side there, in any text;
-3. both split a text into the same pieces first.
+3. both split a text into the same pieces first, and no part of it stands between them.
 
-`encoder` checks 1 and 2 of each tokenizer that it is given; 3 was checked for every code point (tests/bench/preparation.py).
+`encoder` checks 1 and 2 of each tokenizer that it is given; 3 was checked for every code point (tests/bench/preparation.py), and where a
+tokenizer has a pattern of its own `encode` counts the bytes.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def encoder(backend: Any) -> Any | None:
         return None
     spec = json.loads(backend.to_str())
     model, pattern = spec["model"], _pattern(spec)
-    unusual = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "fuse_unk")
+    unusual = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "fuse_unk", "ignore_merges")
     if pattern is None or spec["normalizer"] or model["type"] != "BPE" or any(model.get(k) for k in unusual) or not all(t["special"] for t in spec["added_tokens"]):
         return None
     letters, added = alphabet(), {t["content"] for t in spec["added_tokens"]}
@@ -58,7 +59,19 @@ def encoder(backend: Any) -> Any | None:
     if any(c not in letters for text in vocab for c in text) or any(backend.model.token_to_id(text) != i or not _reached(backend, text) for text, i in vocab.items()):
         return None
     ranks = {bytes(letters[c] for c in text): i for text, i in vocab.items()}
-    return tiktoken.Encoding("lmssl", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    try:
+        fast = tiktoken.Encoding("lmssl", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    except ValueError:  # a regular expression that it has no engine for
+        return None
+    fast.sizes = None if pattern == GPT2 else _sizes(ranks)
+    return fast
+
+
+def _sizes(ranks: dict[bytes, int]) -> np.ndarray:
+    """Bytes of each token, by id."""
+    sizes = np.zeros(max(ranks.values()) + 1, np.int64)
+    sizes[list(ranks.values())] = [len(token) for token in ranks]
+    return sizes
 
 
 def _reached(backend: Any, token: str) -> bool:
@@ -80,10 +93,17 @@ def _pattern(spec: dict[str, Any]) -> str | None:
 
 
 def encode(fast: Any, texts: Sequence[str]) -> list[np.ndarray]:
-    """Ids of each text, uint32; on several threads, since tiktoken leaves the interpreter free."""
+    """Ids of each text, uint32; on several threads, since tiktoken leaves the interpreter free.
+
+    Raises:
+        ValueError: the pattern leaves a part of a text unmatched, which tiktoken would drop.
+    """
 
     def some(begin: int) -> list[np.ndarray]:
-        return [fast.encode_to_numpy(text) for text in texts[begin : begin + CHUNK]]
+        found = [fast.encode_to_numpy(text) for text in texts[begin : begin + CHUNK]]
+        if fast.sizes is not None and any(fast.sizes[ids].sum() != len(text.encode()) for ids, text in zip(found, texts[begin : begin + CHUNK], strict=True)):
+            raise ValueError("the tokenizer's pattern leaves a part of a text unmatched")
+        return found
 
     if len(texts) <= CHUNK:
         return some(0)

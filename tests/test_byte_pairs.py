@@ -91,3 +91,20 @@ def test_a_pattern_of_its_own():
     made = backend([("a", "b"), ("1", "2"), ("12", "3"), ("123", "4")], pre_tokenizer=steps)
     fast, texts = byte_pairs.encoder(made), ["abab 12345 ab!!", "1234a"]
     assert [ids.tolist() for ids in byte_pairs.encode(fast, texts)] == slow(texts, made)
+
+
+def test_a_pattern_that_leaves_text_out_loses_none():
+    """BLOOM's: punctuation stands between its matches, which tiktoken would drop."""
+    pattern = r" ?[^(\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    steps = {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
+    made = backend([("a", "b")], pre_tokenizer=steps)
+    texts = ["ab, ab.\nab", "ab ab"]
+    tokenizer = tokenization.Tokenizer(made, {"eos": "a"}, [])
+    assert [ids[:-1].tolist() for ids in tokenizer.encode(texts)] == slow(texts, made)
+    fast = byte_pairs.encoder(made)
+    assert fast is None or byte_pairs.encode(fast, ["ab ab"])[0].tolist() == slow(["ab ab"], made)[0]
+
+
+def test_merges_that_are_passed_over_are_left_to_their_own_library():
+    assert byte_pairs.encoder(backend([("a", "b"), ("b", "c"), ("a", "bc")], model={"ignore_merges": True})) is None

@@ -240,3 +240,9 @@ def test_a_cpu_beside_a_gpu_has_its_own_precision_and_workers(monkeypatch):
     assert not values["bf16"]
     assert not {"tf32", "dataloader_num_workers"} & set(values)
     assert arguments.resolve({"output_dir": "x", "torch_compile_mode": "default"}, arguments.pretrain_defaults())["torch_compile"] is True
+
+
+def test_a_folder_at_home_is_one_folder(monkeypatch, tmp_path):
+    """For what looks there before a run and for what writes there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert arguments.resolve({"output_dir": "~/run"}, arguments.finetune_defaults())["output_dir"] == f"{tmp_path}/run"

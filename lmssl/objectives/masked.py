@@ -16,7 +16,7 @@ class MaskedTokens(SameLength):
 
     Of the maskable tokens (no special, no padding) a share `rate` is selected: exactly that share in the mean, for
     rows of any length. Of the selected, 80% become [MASK], 10% an ordinary token drawn at random and 10% stay as
-    they are; the labels ask for all of them.
+    they are (a span as a whole); the labels ask for all of them.
 
     What is selected together:
 
@@ -77,21 +77,23 @@ class MaskedTokens(SameLength):
         maskable = np.flatnonzero((row.segments > 0) & ~vocab.special[row.ids])
         budget = round_random(self.rate * len(maskable), rng)
         if self.unit == "token":
-            chosen = rng.permutation(maskable)[:budget]
+            chosen, span = rng.permutation(maskable)[:budget], None
         else:
-            chosen = self._groups(row, vocab, maskable, budget, rng)
+            chosen, span = self._groups(row, vocab, maskable, budget, rng)
         input_ids, labels = row.ids.copy(), np.full_like(row.ids, IGNORE)
         labels[chosen] = row.ids[chosen]
         fate = rng.random(len(chosen))
+        if self.unit == "span":  # SpanBERT's spans are masked, replaced or kept as a whole
+            fate = rng.random(len(row.ids))[span]
         input_ids[chosen[fate < self.mask]] = vocab.mask
         replaced = chosen[(fate >= self.mask) & (fate < self.mask + self.random)]
         input_ids[replaced] = vocab.ordinary[rng.integers(len(vocab.ordinary), size=len(replaced))]
         return {"input_ids": input_ids, "segments": row.segments, "labels": labels}
 
-    def _groups(self, row: Row, vocab: Vocab, maskable: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
-        """Positions of whole words (or runs of words), visited in random order, as many as the budget holds."""
+    def _groups(self, row: Row, vocab: Vocab, maskable: np.ndarray, budget: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of whole words (or runs of words), visited in random order, as many as the budget holds; and the number of each one's run."""
         if not len(maskable):
-            return maskable
+            return maskable, maskable
         starts = vocab.word_start[row.ids[maskable]].copy()
         # A gap (special token, padding) or another document begins a word even where the token carries no mark.
         starts[0] = True
@@ -100,7 +102,7 @@ class MaskedTokens(SameLength):
         ends = np.append(begins[1:], len(maskable))
         segment = row.segments[maskable][begins]
         free, left = np.ones(len(begins), bool), budget
-        selected = np.zeros(len(maskable), bool)
+        selected, span = np.zeros(len(maskable), bool), np.zeros(len(maskable), int)
         order, words = rng.permutation(len(begins)), np.ones(len(begins), int)
         if self.unit == "span":
             law = (1 - self.span_p) ** np.arange(self.span_max)
@@ -111,7 +113,7 @@ class MaskedTokens(SameLength):
                 if not free[w] or segment[w] != segment[first] or size > left:
                     break
                 free[w], left = False, left - size
-                selected[begins[w] : ends[w]] = True
+                selected[begins[w] : ends[w]], span[begins[w] : ends[w]] = True, first
             if left == 0:
                 break
-        return maskable[selected]
+        return maskable[selected], span[selected]
