@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,8 +40,15 @@ def alphabet() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(rest)}
 
 
-def encoder(backend: Any) -> Any | None:
-    """A tiktoken encoding of a `tokenizers.Tokenizer`; None where it is no plain byte-level BPE, or tiktoken is missing."""
+class Fast(NamedTuple):
+    """A tiktoken encoding, and the bytes of each of its tokens, where they are to be counted."""
+
+    encoding: Any
+    sizes: np.ndarray | None
+
+
+def encoder(backend: Any) -> Fast | None:
+    """That of a `tokenizers.Tokenizer`; None where it is no plain byte-level BPE, or tiktoken is missing."""
     try:
         import tiktoken
     except ImportError:
@@ -63,8 +70,7 @@ def encoder(backend: Any) -> Any | None:
         fast = tiktoken.Encoding("lmssl", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     except ValueError:  # a regular expression that it has no engine for
         return None
-    fast.sizes = None if pattern == GPT2 else _sizes(ranks)
-    return fast
+    return Fast(fast, None if pattern == GPT2 else _sizes(ranks))
 
 
 def _sizes(ranks: dict[bytes, int]) -> np.ndarray:
@@ -92,7 +98,7 @@ def _pattern(spec: dict[str, Any]) -> str | None:
     return split["pattern"].get("Regex") if isolated else None
 
 
-def encode(fast: Any, texts: Sequence[str]) -> list[np.ndarray]:
+def encode(fast: Fast, texts: Sequence[str]) -> list[np.ndarray]:
     """Ids of each text, uint32; on several threads, since tiktoken leaves the interpreter free.
 
     Raises:
@@ -100,8 +106,9 @@ def encode(fast: Any, texts: Sequence[str]) -> list[np.ndarray]:
     """
 
     def some(begin: int) -> list[np.ndarray]:
-        found = [fast.encode_to_numpy(text) for text in texts[begin : begin + CHUNK]]
-        if fast.sizes is not None and any(fast.sizes[ids].sum() != len(text.encode()) for ids, text in zip(found, texts[begin : begin + CHUNK], strict=True)):
+        part = texts[begin : begin + CHUNK]
+        found = [fast.encoding.encode_to_numpy(text) for text in part]
+        if fast.sizes is not None and any(fast.sizes[ids].sum() != len(text.encode()) for ids, text in zip(found, part, strict=True)):
             raise ValueError("the tokenizer's pattern leaves a part of a text unmatched")
         return found
 

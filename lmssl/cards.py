@@ -95,6 +95,8 @@ def use(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
     folder, task, decoder = recipe["trainer"]["output_dir"], metrics["task"], metrics["family"] == "decoder"
     if task == "qa" and metrics["written"]:
         task = "translation"
+    if task not in USES:
+        return ""
     auto = "AutoModelForCausalLM" if decoder else "AutoModelForSeq2SeqLM"
     text = '"A text to work on."'
     if task == "sentiment" and recipe["task"].get("text_b"):
@@ -114,7 +116,5 @@ def use(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
         null = f"""null = outputs.start_logits[0, {at}] + outputs.end_logits[0, {at}]
 answer = "" if null - scores.max() > {recipe["task"]["null_margin"]} else answer  # unanswerable
 """
-    if task not in USES:
-        return ""
     lines = USES[task].format(folder=folder, text=text, auto=auto, new='[:, inputs["input_ids"].shape[1] :]' if decoder else "", longest=recipe["task"].get("longest"), null=null)
     return f"```python\n{lines}\n```\n\n"

@@ -399,12 +399,13 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         if path is None:
             log.info("--resume: no checkpoint was completed in %s; starting at step 0", root)
             return None
-        before = manifest["identity"]
-        changed = [key for key, now in self.identity.items() if key in before and before[key] != now and key not in accept]
-        for key in sorted(changed, key=lambda key: key != "optimizer")[:1]:
-            goes_on = f"{' '.join(f'--accept {key}' for key in changed)} goes on all the same"
-            way_out = "its state is of no use to this one; --overwrite begins anew" if key == "optimizer" else goes_on
-            raise UserError(f"--resume: {key} changed: {path.name} has {_short(before[key])}, this run {_short(self.identity[key])}; {way_out}")
+        then = manifest["identity"]
+        changed = [key for key, now in self.identity.items() if key in then and then[key] != now and key not in accept]
+        if changed:
+            key, way_out = changed[0], f"{' '.join(f'--accept {key}' for key in changed)} goes on all the same"
+            if "optimizer" in changed:
+                key, way_out = "optimizer", "its state is of no use to this one; --overwrite begins anew"
+            raise UserError(f"--resume: {key} changed: {path.name} has {_short(then[key])}, this run {_short(self.identity[key])}; {way_out}")
         try:
             self._check_weights(path)
         except checkpoints.Damaged as error:

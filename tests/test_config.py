@@ -239,6 +239,9 @@ def test_a_cpu_beside_a_gpu_has_its_own_precision_and_workers(monkeypatch):
     values = arguments.resolve({"output_dir": "x", "use_cpu": True}, arguments.pretrain_defaults())
     assert not values["bf16"]
     assert not {"tf32", "dataloader_num_workers"} & set(values)
+
+
+def test_how_to_compile_says_that_it_is_compiled():
     assert arguments.resolve({"output_dir": "x", "torch_compile_mode": "default"}, arguments.pretrain_defaults())["torch_compile"] is True
 
 

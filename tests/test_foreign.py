@@ -43,6 +43,18 @@ def recipe_of(bert, corpus_file, out, **trainer):
     return PretrainRecipe.of({"data": data, "model": {"from": str(bert)}, "objective": {"name": "masked"}, "trainer": trainer})
 
 
+def resumed(recipe, out, auto):
+    """The model of a finished run of four steps whose last two are made again, read by plain transformers."""
+    shutil.rmtree(out / "checkpoint-4")
+    for name in ("metrics.json", "model.safetensors"):
+        (out / name).unlink()
+    assert pretrain(recipe, resume=True, quiet=True)["steps"] == 4
+    model, info = auto.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return model
+
+
 def test_special_tokens_are_those_of_the_architecture(bert):
     tokenizer = tokenization.load(bert)
     assert tokenizer.roles == {"pad": "[PAD]", "bos": "[CLS]", "eos": "[SEP]", "mask": "[MASK]"}
@@ -53,13 +65,7 @@ def test_a_checkpoint_of_somebody_else_s_is_continued_and_resumed(bert, corpus_f
     pretrain(recipe, quiet=True)
     assert len(tokenization.load(tmp_path / "run").backend.get_vocab()) == len(WORDS) + 5, "nothing is added that is there"
     assert not any("gamma" in name or "beta" in name for name in load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors"))
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    for name in ("metrics.json", "model.safetensors"):
-        (tmp_path / "run" / name).unlink()
-    assert pretrain(recipe, resume=True, quiet=True)["steps"] == 4
-    _, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "run", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
+    resumed(recipe, tmp_path / "run", transformers.AutoModelForMaskedLM)
 
 
 def test_a_continued_checkpoint_is_not_overrun(bert, corpus_file, tmp_path):
@@ -122,13 +128,7 @@ def test_an_architecture_whose_weights_have_other_names_on_the_hub_is_resumed(ar
     recipe = PretrainRecipe.of({"data": data, "model": model, "objective": {"name": "next_token"}, "trainer": trainer | {"output_dir": str(tmp_path / "run")}})
     pretrain(recipe, quiet=True)
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    for name in ("metrics.json", "model.safetensors"):
-        (tmp_path / "run" / name).unlink()
-    assert pretrain(recipe, resume=True, quiet=True)["steps"] == 4
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
+    again = resumed(recipe, tmp_path / "run", transformers.AutoModelForCausalLM)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.items())
 
 

@@ -77,14 +77,14 @@ class MaskedTokens(SameLength):
         maskable = np.flatnonzero((row.segments > 0) & ~vocab.special[row.ids])
         budget = round_random(self.rate * len(maskable), rng)
         if self.unit == "token":
-            chosen, span = rng.permutation(maskable)[:budget], None
+            chosen = rng.permutation(maskable)[:budget]
         else:
             chosen, span = self._groups(row, vocab, maskable, budget, rng)
         input_ids, labels = row.ids.copy(), np.full_like(row.ids, IGNORE)
         labels[chosen] = row.ids[chosen]
         fate = rng.random(len(chosen))
         if self.unit == "span":  # SpanBERT's spans are masked, replaced or kept as a whole
-            fate = rng.random(len(row.ids))[span]
+            fate = fate[np.unique(span, return_inverse=True)[1]]
         input_ids[chosen[fate < self.mask]] = vocab.mask
         replaced = chosen[(fate >= self.mask) & (fate < self.mask + self.random)]
         input_ids[replaced] = vocab.ordinary[rng.integers(len(vocab.ordinary), size=len(replaced))]

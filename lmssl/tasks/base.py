@@ -271,6 +271,11 @@ class Task(Protocol):
         ...
 
 
+def has_classifier(config: Any) -> bool:
+    """Whether a checkpoint was saved with a classification head, which fine-tuning keeps."""
+    return any("SequenceClassification" in name for name in config.architectures or ())
+
+
 def steps_for(labels: int) -> int:
     """Optimizer steps for a number of labels, the same for both inits: 16 + 8 * sqrt(labels)."""
     return 16 + round(8 * math.sqrt(labels))

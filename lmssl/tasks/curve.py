@@ -31,13 +31,14 @@ from lmssl.objectives.base import IGNORE
 from lmssl.objectives.cross_entropy import token_loss
 from lmssl.statistics import equivalence, summary
 from lmssl.tasks import adapters, baseline
-from lmssl.tasks.base import Backbone, Few, Item, Task, batched, nested, split_test, split_validation, steps_for
+from lmssl.tasks.base import Backbone, Few, Item, Task, batched, has_classifier, nested, split_test, split_validation, steps_for
 from lmssl.tasks.ledger import Ledger, identity_of
 from lmssl.trainer import ExactTrainer
 
 log = logging.getLogger("lmssl")
 
 FEWER = "--resume with a smaller trainer.per_device_eval_batch_size"
+"""The way out where scoring does not fit into memory."""
 
 
 def labelled(task: Task, train: str | list[str], test: float | str | list[str]) -> tuple[list[Any], list[Any]]:
@@ -99,8 +100,7 @@ def check(task: Task, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
 def in_order_of(config: Any, classes: list[str]) -> list[str]:
     """Class names as the rows of a checkpoint's own trained head stand, where it has one for just these."""
     own = getattr(config, "id2label", None) or {}
-    trained = any("SequenceClassification" in name for name in config.architectures or ())
-    return [own[i] for i in sorted(own)] if trained and sorted(own.values()) == sorted(classes) else classes
+    return [own[i] for i in sorted(own)] if has_classifier(config) and sorted(own.values()) == sorted(classes) else classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +217,7 @@ class Curve:
             "architecture": self.backbone.config.model_type,
             "classes": list(self.backbone.classes),
             "test_examples": len(self.test),
-            "majority": max((self.task.scores([e.label for e in self.test], [c] * len(self.test))[self.task.metric] for c in self.backbone.classes), default=0.0),
+            "majority": self._majority(),
             "max_length": self.backbone.length,
             "learning_rate": self.args.learning_rate,
             "tuning": self.ledger.tuning,
@@ -365,6 +365,14 @@ class Curve:
             self.task.finish(self.backbone, model).save(self.out)
             for path in self.out.glob("*.safetensors"):
                 checkpoints.sync(path)
+
+    def _majority(self) -> float:
+        """What the largest class as every answer scores; 0 where there are no classes."""
+        if not self.task.classes:
+            return 0.0
+        truth = [e.label for e in self.test]
+        ((largest, _),) = Counter(truth).most_common(1)
+        return self.task.scores(truth, [largest] * len(truth))[self.task.metric]
 
     def _baseline(self) -> list[dict[str, Any]]:
         """TF-IDF with logistic regression on every subset."""

@@ -28,7 +28,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from lmssl import models
 from lmssl.data import corpus
 from lmssl.errors import UserError
-from lmssl.tasks.base import Backbone, Example, FewLabels, Item, by_length, inputs_of
+from lmssl.tasks.base import Backbone, Example, FewLabels, Item, by_length, has_classifier, inputs_of
 from lmssl.tokenization import Tokenizer
 
 log = logging.getLogger("lmssl")
@@ -125,8 +125,7 @@ class Sentiment(FewLabels):
         """The classifier; the head is drawn from the seed for both inits. Class names stand in its configuration."""
         names = dict(enumerate(backbone.classes))
         changes: dict[str, Any] = {"num_labels": len(names), "id2label": names, "label2id": {c: i for i, c in names.items()}}
-        trained = any("SequenceClassification" in name for name in backbone.config.architectures or ())
-        if hasattr(backbone.config, "classifier_pooling") and not trained:  # a trained head reads what it was trained on
+        if hasattr(backbone.config, "classifier_pooling") and not has_classifier(backbone.config):  # a trained head reads what it was trained on
             changes["classifier_pooling"] = "mean"
         model = backbone.build(AutoModelForSequenceClassification, pretrained, seed, **changes)
         if self.answers:
