@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import math
 import os
 import typing
@@ -11,9 +13,12 @@ from typing import Any, Literal
 
 from lmssl import config
 from lmssl.errors import UserError, refused
+from lmssl.ranks import processes, processes_here
 
 if typing.TYPE_CHECKING:
     from transformers import TrainingArguments
+
+log = logging.getLogger("lmssl")
 
 FEWER_ROWS = "a smaller trainer.per_device_train_batch_size (gradient_accumulation_steps makes up for it)"
 WHOLE = "every process holds the whole model (docs/decisions/0020)"
@@ -25,6 +30,7 @@ OWNED = {
     "data_seed": "trainer.seed decides the order",
     "save_total_limit": "lmssl keeps the two newest verified checkpoints",
     "save_only_model": "a checkpoint without its optimizer cannot be resumed",
+    "save_on_each_node": "output_dir is one folder for all machines",
     "enable_jit_checkpoint": "a signal saves at the end of its step",
     "logging_nan_inf_filter": "lmssl stops at a non-finite loss",
     "label_smoothing_factor": "the loss is lmssl's own",
@@ -54,6 +60,25 @@ OWNED_BY_TASKS = OWNED | {
     "batch": "a few labelled examples need no split; per_device_train_batch_size is theirs",
 }
 """The same for fine-tuning."""
+
+OWNED_BY_STREAM = {
+    "split_batches": "item i of the stream belongs to one place in the batch",
+    "dispatch_batches": "item i of the stream belongs to one place in the batch",
+    "gradient_accumulation_kwargs": "trainer.gradient_accumulation_steps says how a step is split",
+}
+"""The same for what stands in `accelerator_config`."""
+
+UNUSABLE = (
+    "save_only_model",
+    "save_on_each_node",
+    "load_best_model_at_end",
+    "label_smoothing_factor",
+    "auto_find_batch_size",
+    "enable_jit_checkpoint",
+    "bf16_full_eval",
+    "fp16_full_eval",
+)
+"""Of `OWNED`, what a caller from Python might ask for, and would not get."""
 
 OURS = {"optimizer": Literal["adamw", "muon"], "batch": Literal["given", "auto"], "on_spike": Literal["ignore", "warn", "stop"], "worker_timeout": float}
 """Fields beside those of TrainingArguments (see lmssl.trainer.ExactTrainer and, for `batch`, lmssl.probe)."""
@@ -101,10 +126,6 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
     for name in section:
         if name in owned and not (name in defaults and section[name] == defaults[name]):  # a resolved recipe says what it is
             raise UserError(f"trainer.{name}: not to be set: {owned[name]}")
-    if isinstance(accelerator := section.get("accelerator_config"), dict) and {"split_batches", "dispatch_batches"} & set(accelerator):
-        raise UserError("trainer.accelerator_config: split_batches and dispatch_batches are not to be set: item i of the stream belongs to one place in the batch")
-    if isinstance(accelerator, dict) and "gradient_accumulation_kwargs" in accelerator:
-        raise UserError("trainer.accelerator_config: gradient_accumulation_kwargs are not to be set: trainer.gradient_accumulation_steps says how a step is split")
     values = {k: config.convert(v, OURS.get(k) or hints[k], f"trainer.{k}") for k, v in section.items()}
     if not str(values.get("output_dir") or "").strip():
         raise UserError("trainer.output_dir: missing; name the folder of the run")
@@ -138,16 +159,6 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
             raise UserError(f"trainer.{name}: {value} must be {bound}")
         if isinstance(value, int) and not -(2**31) <= value < 2**32:
             raise UserError(f"trainer.{name}: {value} must be below 2^32")
-
-
-def processes() -> int:
-    """Ranks of this run."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def processes_here() -> int:
-    """Ranks of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def global_batch(values: Mapping[str, Any]) -> int:
@@ -190,9 +201,36 @@ def build(values: Mapping[str, Any]) -> TrainingArguments:
     if args.fp16 and args.device.type == "cpu":
         raise UserError("trainer.fp16: half precision needs a GPU; on a CPU use trainer.bf16=true, where it has bfloat16")
     _try(args, values)
+    check(args)
     if not args.use_cpu and args.world_size > 1 and args.device.type == "cpu":
         args.use_cpu = True
     return args
+
+
+def check(args: TrainingArguments) -> None:
+    """Refuse what would train something else than was asked for, or end in a traceback; of several GPUs in sight one is taken."""
+    for name in UNUSABLE:
+        if getattr(args, name, None):
+            raise UserError(f"trainer.{name}: not to be set: {OWNED[name]}")
+    for name, why in OWNED_BY_STREAM.items():
+        if getattr(args.accelerator_config, name, None):
+            raise UserError(f"trainer.accelerator_config: {name} is not to be set: {why}")
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+        if (getattr(args, name, None) or {}).get("use_reentrant"):
+            raise UserError(f"trainer.{name}: use_reentrant=true is not supported, the FLOPs of a step are counted through torch.autograd.grad; leave it out")
+    if args.world_size != processes():
+        way_out = "trainer.use_cpu=true trains on the CPUs" if args.device.type != "cuda" else "start them with torchrun or accelerate launch"
+        raise UserError(f"trainer: {processes()} processes were started (WORLD_SIZE), of which {args.world_size} can train together on this device: {way_out}")
+    if args.n_gpu > 1:
+        # transformers would split each batch over threads of this process, and average what is summed here.
+        _say_gpus(args.n_gpu)
+        args._n_gpu = 1
+
+
+@functools.cache
+def _say_gpus(count: int) -> None:
+    """Once, however often arguments are built."""
+    log.warning("%d GPUs are visible and one is used; all of them: torchrun --nproc-per-node %d -m lmssl ...", count, count)
 
 
 def _try(args: TrainingArguments, values: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -12,11 +13,12 @@ from typing import Any
 
 from lmssl import __version__, output
 from lmssl.errors import Interrupted, Stopped, UserError
+from lmssl.ranks import first_process
 
 EPILOG = """\
 A recipe is a YAML file; any key can be overridden after it as section.key=value, for example trainer.max_steps=100.
 Several processes: accelerate launch -m lmssl pretrain RECIPE, or torchrun --nproc-per-node 2 -m lmssl pretrain RECIPE.
-Exit status: 0 success, 2 a mistake to mend (one line says which), 3 stopped by lmssl (non-finite loss, full disk),
+Exit status: 0 success, 2 user error (one line says which), 3 stopped by lmssl (non-finite loss, full disk),
 128 + signal after SIGINT or SIGTERM, saved."""
 
 
@@ -107,6 +109,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         options.overrides.append(item)
     _quiet_libraries()
     _end_politely()
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has no letter for a text shows its number
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         options.run(options)
     except (UserError, Stopped, Interrupted) as error:
@@ -127,9 +132,8 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 def _quiet_libraries() -> None:
-    rank = os.environ.get("RANK", "0")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("lmssl").setLevel(logging.INFO if rank == "0" else logging.ERROR)
+    logging.getLogger("lmssl").setLevel(logging.INFO if first_process() else logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -202,12 +206,13 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from lmssl import display, recipe
+    from lmssl import display, runs
+    from lmssl.recipe import PretrainRecipe
 
     if options.at_item is not None and (options.at_item < 0 or options.at_step is not None):
         raise UserError(f"--at-item: {options.at_item} must be at least 0, and stand without --at-step")
-    loaded = recipe.PretrainRecipe.load(options.recipe, options.overrides)
-    stream, tokenizer, items = recipe.preview(loaded, options.rows, options.at_step, options.batch, options.at_item)
+    loaded = PretrainRecipe.load(options.recipe, options.overrides)
+    stream, tokenizer, items = runs.preview(loaded, options.rows, options.at_step, options.batch, options.at_item)
     colour = display.wants_colour(sys.stdout)
     print(display.legend(colour))
     for i in items:
@@ -223,81 +228,63 @@ def _plan(options: argparse.Namespace) -> None:
     out = Path(options.out) if options.out else None
     if out and out.exists():
         raise UserError(f"--out: {out} is there already")
+    if out and not out.parent.is_dir():
+        raise UserError(f"--out: no such folder: {out.parent}")
     loaded = PretrainRecipe.load(options.recipe, options.overrides)
     _silence_transformers()
     rungs, best, sections, cost = plan.plan(loaded, options.minutes)
     print("\n".join([plan.table(rungs, best), "", *cost.lines()]), file=sys.stderr)
-    text = f"# {options.minutes:g} minutes, planned from {options.recipe}\n{config.dump(sections)}"
+    title = f"# {options.minutes:g} minutes, planned from {options.recipe}\n"
     if out:
-        output.write(out, text)
-    print(out or text)
+        output.write(out, title + config.dump(sections))
+    print(out or title + config.dump(sections, ascii=not output.has_all_letters()))
 
 
 def _print_cost(measure: str, loaded: Any) -> None:
     from lmssl import plan
 
     lines = getattr(plan, measure)(loaded).lines()
-    if os.environ.get("RANK", "0") == "0":
+    if first_process():
         print("\n".join(lines))
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from lmssl import recipe
+    from lmssl import runs
+    from lmssl.recipe import PretrainRecipe
 
-    loaded = recipe.PretrainRecipe.load(options.recipe, options.overrides)
+    loaded = PretrainRecipe.load(options.recipe, options.overrides)
     _silence_transformers()
     if options.dry_run:
         _print_cost("cost", loaded)
         return
-    metrics = recipe.pretrain(loaded, resume=options.resume, overwrite=options.overwrite, accept=tuple(options.accept))
-    if os.environ.get("RANK", "0") == "0":
+    metrics = runs.pretrain(loaded, resume=options.resume, overwrite=options.overwrite, accept=tuple(options.accept))
+    if first_process():
         held = metrics["held_out"]
         print(f"held-out loss {held['loss']:.4f}, {held['bits_per_byte']:.4f} bits per byte; model in {loaded.trainer['output_dir']}")
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    from lmssl import recipe, report
+    from lmssl import report, runs
+    from lmssl.recipe import FinetuneRecipe
 
-    loaded = recipe.FinetuneRecipe.load(options.recipe, options.overrides)
+    loaded = FinetuneRecipe.load(options.recipe, options.overrides)
     _silence_transformers()
     if options.dry_run:
         _print_cost("curve_cost", loaded)
         return
-    metrics = recipe.finetune(loaded, resume=options.resume, overwrite=options.overwrite, accept=tuple(options.accept))
-    if os.environ.get("RANK", "0") == "0":
+    metrics = runs.finetune(loaded, resume=options.resume, overwrite=options.overwrite, accept=tuple(options.accept))
+    if first_process():
         print(report.label_table(metrics))
 
 
 def _predict(options: argparse.Namespace) -> None:
-    import json
-    from contextlib import nullcontext
-    from itertools import chain
-
-    from lmssl.predict import predict
-
-    target = Path(options.out) if options.out else None
+    from lmssl import predict
 
     _silence_transformers()
     overrides = [item for item in options.overrides if item.startswith("task.") and "=" in item]
     files = [item for item in options.overrides if item not in overrides]
-    rows = predict(options.recipe, files, task_name=options.task, overrides=overrides, batch=options.batch, quiet=not files)
-    first = next(rows, None)  # refusals come before the file is opened
-    # A pipe, a device or a link is written to; an ordinary file is replaced when the predictions are whole.
-    beside = target.with_name(f"{target.name}.part") if target and not target.is_symlink() and (target.is_file() or not target.exists()) else None
-    try:
-        with (beside or target).open("w", encoding="utf-8") if target else nullcontext(sys.stdout) as file:  # type: ignore[union-attr]
-            for row in () if first is None else chain([first], rows):
-                print(json.dumps(row, ensure_ascii=False), file=file)
-        if beside and target:
-            beside.replace(target)
-    except UserError as error:
-        if beside and beside.stat().st_size:
-            done, beside = beside, None
-            raise UserError(f"{error}; the predictions before it are in {done}") from error
-        raise
-    finally:
-        if beside:
-            beside.unlink(missing_ok=True)
+    rows = predict.predict(options.recipe, files, task_name=options.task, overrides=overrides, batch=options.batch, quiet=not files)
+    predict.write(rows, Path(options.out) if options.out else None)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -22,14 +22,15 @@ T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `1e-4` is a number, `no` and `on` are text, and a key that stands twice is refused."""
+    """YAML 1.2 scalars: `1e-4` is a number, `no`, `on`, `1:30` and `0100` are text, and a key that stands twice is refused."""
 
 
-_REPLACED = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "timestamp")}
+_REPLACED = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp")}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if tag not in _REPLACED] for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:_[0-9]{3})+|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)|[0-9]+\.[0-9]*)$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"),
@@ -59,7 +60,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML: {error.problem or error.context}") from None
+        hint = "; text that begins with * needs quotes" if "alias" in f"{error.problem} {error.context}" else ""
+        raise UserError(f"{where}{line}: not valid YAML: {error.problem or error.context}{hint}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
 
@@ -115,8 +117,8 @@ def apply_overrides(recipe: dict[str, dict[str, Any]], overrides: typing.Iterabl
             inner = target.get(part)
             target[part] = dict(inner) if isinstance(inner, dict) else {}
             target = target[part]
-        # YAML would read a headless table's column #1 as a comment.
-        found = value if value.startswith("#") else parse_yaml(value, f"'{item}'")
+        # YAML would read a headless table's column #1 as a comment, and *.jsonl as the name of something said before.
+        found = value if value[:1] in tuple("#*&!%@`|>") else parse_yaml(value, f"'{item}'")
         if value and (found == value.strip() or not value.strip()):  # text, whose white space YAML drops: a cue begins with a space
             found = value
         if found is None and len(path) > 2:  # what is inside a value is nobody's to check
@@ -200,6 +202,6 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
-def dump(recipe: Mapping[str, Any]) -> str:
-    """YAML that `load` reads back to the same recipe."""
-    return yaml.dump(json.loads(json.dumps(recipe)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+def dump(recipe: Mapping[str, Any], ascii: bool = False) -> str:
+    """YAML that `load` reads back to the same recipe; `ascii`: other letters are escaped."""
+    return yaml.dump(json.loads(json.dumps(recipe)), Dumper=_Dumper, sort_keys=False, allow_unicode=not ascii, width=100)

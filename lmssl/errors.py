@@ -57,7 +57,7 @@ def written(what: str, stop: Callable[[str], Exception] = Stopped) -> Iterator[N
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an accelerator, or the allocator of a CPU, had no room left."""
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in ("can't allocate memory", "MPS backend out of memory"))
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ def held_out(
     compares runs with different tokenizers, within one objective.
 
     Args:
-        model: prepared by `models.prepare`.
+        model: prepared by `forward.prepare`.
         stream: of held-out text, `length=None`.
         batch_size: rows at a time, fewer where their logits would exceed LOGITS; has no influence on the result.
         share: (rank, world): this process takes every world-th batch.

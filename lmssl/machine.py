@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import os
 import shutil
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import flop_counter
+from torch.utils._triton import has_triton
 
 SIZES = {"cpu": (1024, 2048), "other": (4096, 8192)}
 """Edges of the square matrices that the peak is measured with."""
@@ -58,6 +58,14 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def most_memory() -> int:
+    """Bytes that this process has held at most."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 @functools.cache
 def native_bf16(device: str) -> bool:
     """Whether a kind of device ("cpu", "cuda", ...) multiplies bfloat16 in hardware.
@@ -71,11 +79,22 @@ def native_bf16(device: str) -> bool:
     return False
 
 
+def precision(args: Any) -> torch.dtype:
+    """What a run's matrix products are in. `args`: TrainingArguments."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def autocast(args: Any) -> torch.autocast:
+    """The context in which a run's forward passes are made."""
+    dtype = precision(args)
+    return torch.autocast(args.device.type, None if dtype == torch.float32 else dtype, enabled=dtype != torch.float32)
+
+
 def compiles(device: str) -> bool:
     """Whether torch can generate code for a kind of device here: for a CPU it needs a C++ compiler, for a GPU Triton and a C compiler."""
     if device == "cpu":
         return shutil.which(os.environ.get("CXX", "g++")) is not None
-    return importlib.util.find_spec("triton") is not None and any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "clang"))
+    return has_triton() and any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "clang"))  # which asks for the GPU's generation, too
 
 
 @functools.cache

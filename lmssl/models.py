@@ -1,27 +1,20 @@
-"""Backbones: any transformers architecture by name, or an existing checkpoint; and the forward pass over packed rows.
-
-`prepare(model)` hooks a model so that one call takes `segments` (document numbers) and `label_positions`: documents
-packed together do not see each other, and the vocabulary is projected only where a label is. A call without them is
-untouched, so the model stays the ordinary `PreTrainedModel` that `save_pretrained` writes.
-"""
+"""Backbones: any transformers architecture by name, or an existing checkpoint."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import inspect
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -29,12 +22,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from lmssl import packing
 from lmssl.config import check_keys
 from lmssl.errors import UserError, did_you_mean
 from lmssl.objectives.base import Family, Objective, Vocab
-from lmssl.objectives.cross_entropy import Unprojected
-from lmssl.packing import additive, positions_within, same_document
 
 log = logging.getLogger("lmssl")
 
@@ -132,7 +122,8 @@ def known_keys(cls: type) -> set[str]:
 def read_config(source: str, where: str) -> PretrainedConfig:
     """The configuration of a checkpoint folder or hub id, no remote code run."""
     if not (Path(source) / "config.json").is_file() and (Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise UserError(f"{where}: {source} is no checkpoint folder (no config.json in it)")
+        hint = "" if "/" in source or Path(source).exists() else "; a hub id reads owner/name"
+        raise UserError(f"{where}: {source} is no checkpoint folder (no config.json in it){hint}")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
@@ -261,10 +252,10 @@ def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Fami
         keys = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32, **attention(seq_length, section)}
         model, info = AUTO[family].from_pretrained(source, output_loading_info=True, **keys)
     except Exception as error:
-        raise UserError(f"model.from: {source}: the weights cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"model.from: {source}: the weights cannot be loaded: {str(error).strip().splitlines()[0]}{pickled(source)}") from error
     if info["missing_keys"]:
         log.warning("model.from: %s lacks %s; they start at random", source, ", ".join(sorted(info["missing_keys"])[:6]))
-    model._lmssl_new = frozenset(info["missing_keys"])
+    mark_drawn(model, info["missing_keys"])
     rows = model.get_input_embeddings().weight.shape[0]
     if vocab.size > rows:
         log.info("model.from: embeddings grown from %d to %d rows for the tokenizer's new tokens, each the mean of the old", rows, vocab.size)
@@ -272,6 +263,35 @@ def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Fami
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = vocab.pad
     return model
+
+
+def pickled(source: str) -> str:
+    """What to do about a checkpoint whose weights are a pickle, which is not loaded; "" of others."""
+    if any(Path(source).glob("*.safetensors")) or not any(Path(source).glob("*.bin")):
+        return ""
+    way_out = "where you trust it, from_pretrained and save_pretrained of its transformers class make safetensors of it"
+    return f"; its *.bin is a pickle, which could run any code and is not loaded: {way_out}"
+
+
+def mark_drawn(model: nn.Module, names: Iterable[str]) -> None:
+    """Note which parameters a checkpoint lacked, so that they begin at random."""
+    model._lmssl_drawn = frozenset(names)  # type: ignore[assignment]
+
+
+def drawn(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that the model's checkpoint lacked."""
+    return getattr(model, "_lmssl_drawn", frozenset())  # type: ignore[return-value]
+
+
+def keep_names(model: PreTrainedModel) -> None:
+    """Save the weights under the names that the model has, by which a resumed run finds them: no older names that they were read under
+    (LayerNorm.gamma), and none that an architecture's files on the hub have instead (gpt_neox, mixtral)."""
+    model._weight_conversions = []
+
+
+def decoder_start(config: PretrainedConfig) -> int | None:
+    """The id that a decoder is started with, where the configuration fixes one."""
+    return getattr(config, "decoder_start_token_id", None)
 
 
 def description(config: PretrainedConfig, model: PreTrainedModel) -> str:
@@ -284,178 +304,3 @@ def description(config: PretrainedConfig, model: PreTrainedModel) -> str:
 def parameters(model: nn.Module) -> int:
     """Number of parameters, tied ones once."""
     return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-
-
-class _Packed:
-    """The two hooks of a prepared model. Pure tensor code: one graph under torch.compile, one forward under DDP."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.family = family_of(model.config)
-        self.offset = position_offset(model)
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        kinds = set(getattr(model.config, "layer_types", None) or [])
-        self.window = model.config.sliding_window if self.family == "encoder" and "sliding_attention" in kinds else None
-        self.at: Tensor | None = None
-        self.skip_logits = self.ranks = False
-
-    def before_model(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        self.at, self.skip_logits = kwargs.pop("label_positions", None), kwargs.pop("skip_logits", False)
-        segments, borders = kwargs.pop("segments", None), kwargs.pop("borders", None)
-        if segments is None:
-            return args, kwargs
-        if self.family == "encoder-decoder":
-            own = kwargs.pop("decoder_segments")
-            encoder_mask = additive(same_document(segments, segments))
-            kwargs["encoder_outputs"] = model.get_encoder()(input_ids=kwargs.pop("input_ids"), attention_mask=encoder_mask)
-            kwargs["attention_mask"] = additive(same_document(own, segments))
-            causal = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool, device=own.device).tril()
-            kwargs["decoder_attention_mask"] = additive(same_document(own, own) & causal)
-            kwargs["use_cache"] = False
-            return args, kwargs
-        if self.takes_positions:
-            kwargs["position_ids"] = positions_within(segments) + self.offset
-        kwargs |= packing.handed_on(borders, segments.shape[1])
-        if self.family == "decoder":
-            # transformers reads the documents off the restarting positions, for every attention implementation.
-            kwargs["use_cache"] = False
-            return args, kwargs
-        allowed = same_document(segments, segments)
-        if self.window is None:
-            kwargs["attention_mask"] = additive(allowed)
-        else:
-            at = torch.arange(segments.shape[1], device=segments.device)
-            near = (at[:, None] - at[None, :]).abs() <= self.window
-            kwargs["attention_mask"] = {"full_attention": additive(allowed), "sliding_attention": additive(allowed & near)}
-        return args, kwargs
-
-    def before_head(self, head: nn.Module, args: tuple) -> tuple | None:
-        if self.at is None:
-            return None
-        hidden, at, self.at = args[0], self.at, None
-        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, at), *args[1:])
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; afterwards the model is in the mode that it was in."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-class _Left(torch.autograd.Function):
-    """The hidden state as it came, on a path that leads back to the projection's parameters too: of several ranks DDP takes
-    what a model's output does not depend on for unused, and the loss brings their gradient by another path."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
-
-
-class _Head(nn.Linear):
-    """A vocabulary projection that a call can leave to the loss (`skip_logits=True`)."""
-
-    packed: _Packed
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        if not self.packed.skip_logits:
-            return super().forward(hidden)
-        return _Left.apply(hidden, self.weight, self.bias) if self.packed.ranks else hidden
-
-
-@torch.no_grad()
-def head_for_loss(model: PreTrainedModel, vocab: Vocab, args: transformers.TrainingArguments) -> nn.Linear | None:
-    """The vocabulary projection of a prepared model that the loss may do by itself: None where logits are more than that
-    (scaled or bent afterwards), and where it would not work: float16 needs its gradients scaled first; of weights that are not
-    float32 the parts would be summed rounded; other devices than CPUs and CUDA's were not tried.
-
-    Args:
-        vocab: of the tokenizer.
-        args: of the run.
-    """
-    head = model.get_output_embeddings()
-    if not isinstance(head, _Head) or head.weight.dtype != torch.float32 or args.fp16 or args.device.type not in ("cpu", "cuda"):
-        return None
-    ids = torch.from_numpy(vocab.ordinary[None, :2].astype(np.int64)).to(model.device)
-    more = {"decoder_input_ids": ids} if family_of(model.config) == "encoder-decoder" else {}
-    try:
-        with evaluating(model):
-            hidden, logits = (model(input_ids=ids, skip_logits=skip, **more).logits for skip in (True, False))
-    except RuntimeError:  # of shapes: BART adds a number to each logit
-        return None
-    head.packed.ranks = args.world_size > 1
-    return head if torch.equal(nn.functional.linear(hidden, head.weight, head.bias), logits) else None
-
-
-def output_for_loss(model: nn.Module, head: nn.Linear | None, inputs: Mapping[str, Any]) -> Any:
-    """What `token_loss` takes: the model's output, without its logits where the loss projects.
-
-    Args:
-        model: prepared, or what wraps it.
-        head: of `head_for_loss`.
-        inputs: a batch without its labels.
-    """
-    return model(**inputs) if head is None else Unprojected(model(**inputs, skip_logits=True).logits, head.weight, head.bias)
-
-
-@torch.no_grad()
-def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int, kernel: bool = False) -> None:
-    """Refuse an architecture in which documents packed into one row see each other: other tokens in the first of two
-    documents must leave what is predicted in the second as it is.
-
-    Args:
-        model: prepared.
-        vocab: of the tokenizer.
-        seq_length: tokens that the model reads.
-        kernel: as of `prepare`; then it is asked in bfloat16.
-
-    Raises:
-        UserError: they see each other, or the architecture takes no mask of who may see whom.
-    """
-    half, kind = min(8, seq_length // 2), model.config.model_type
-    if str(getattr(model.config, "_attn_implementation", "")).startswith("flash") and model.device.type == "cpu":
-        return
-    draw = np.random.default_rng(0).choice(vocab.ordinary, (2, 2 * half))
-    ids = torch.from_numpy(draw.astype(np.int64)).to(model.device)
-    ids[1, half:] = ids[0, half:]
-    segments = torch.tensor([[1] * half + [2] * half] * 2, device=model.device)
-    more = {"decoder_input_ids": ids, "decoder_segments": segments} if family_of(model.config) == "encoder-decoder" else {}
-    more |= {"borders": torch.arange(0, 4 * half + 1, half, dtype=torch.int32, device=model.device)} if kernel else {}
-    try:
-        with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=kernel):
-            logits = model(input_ids=ids, segments=segments, **more).logits[:, half:].float()
-    except Exception as error:
-        raise UserError(f"model.architecture: '{kind}' cannot be told which tokens may see each other: {' '.join(str(error).split())[:200]}") from error
-    if (logits[0] - logits[1]).abs().max() > 1e-4 * logits.abs().max():
-        raise UserError(
-            f"model.architecture: documents packed into one row see each other in '{kind}' (transformers {transformers.__version__} reads their borders from no input there); "
-            "take another architecture, for example llama, bert or t5"
-        )
-
-
-def prepare(model: PreTrainedModel, kernel: bool = False) -> PreTrainedModel:
-    """Hook a model so that its call also takes `segments`, `decoder_segments`, `label_positions` and `skip_logits`; once is enough.
-
-    Args:
-        kernel: batches may hold `borders` (`packing.most_documents`), and attention is to use them.
-    """
-    if not hasattr(model, "_lmssl_packed"):
-        packed = _Packed(model)
-        head = model.get_output_embeddings()
-        if head is None:
-            raise UserError(f"model: {type(model).__name__} has no vocabulary projection")
-        model.register_forward_pre_hook(packed.before_model, with_kwargs=True)
-        head.register_forward_pre_hook(packed.before_head)
-        if type(head) is nn.Linear:
-            head.__class__, head.packed = _Head, packed  # type: ignore[assignment]
-        model._lmssl_packed = packed
-    if kernel:
-        packing.use_kernel(model, model._lmssl_packed.family == "decoder")
-    return model

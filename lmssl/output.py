@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
 from lmssl.errors import UserError
+from lmssl.ranks import processes
 
 
 def write(path: Path, text: str) -> None:
@@ -42,8 +44,13 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, int | float | bool | type(None)) else str(getattr(value, "value", value))
 
 
-def environment() -> dict[str, Any]:
-    """What was measured on what machine."""
+def has_all_letters() -> bool:
+    """Whether standard output takes any text; elsewhere what is to be read again needs escapes of its own."""
+    return (sys.stdout.encoding or "utf-8").lower() in ("utf-8", "utf8")
+
+
+def environment(device: Any = "cpu") -> dict[str, Any]:
+    """What was measured on what machine. `device`: of the run."""
     import torch
     import transformers
 
@@ -54,10 +61,18 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else _processor(),
+        "device": _name(torch.device(device)),
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "processes": processes(),
     }
+
+
+def _name(device: Any) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _processor() if device.type == "cpu" else f"{device.type} of {_processor()}"
 
 
 def _processor() -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import resource
 import signal
 import statistics
 import tempfile
@@ -24,12 +23,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
-from lmssl import arguments, machine, models, output, packing, recipe
+from lmssl import arguments, forward, machine, models, output, packing, runs
 from lmssl.data.stream import Stream, count_tokens
 from lmssl.errors import Interrupted, UserError, out_of_memory
 from lmssl.objectives.cross_entropy import token_loss
 from lmssl.optimizers import outer_parameters
-from lmssl.recipe import FinetuneRecipe, PretrainRecipe
+from lmssl.recipe import DataSection, FinetuneRecipe, PretrainRecipe, prepared
 
 WARM, TIMED = 2, 5
 """Steps that are not counted, and steps that are."""
@@ -166,21 +165,21 @@ def cost(wanted: PretrainRecipe) -> Cost:
     Raises:
         UserError: what `pretrain` would refuse.
     """
-    objective, tokenizer = recipe.check(wanted)
+    objective, tokenizer = runs.check(wanted)
     steps = _Steps()
     with _thrown_away() as folder:
-        values = arguments.resolve(wanted.trainer, arguments.pretrain_defaults("from" in wanted.model))
+        values = arguments.resolve(wanted.trainer, arguments.pretrain_defaults(wanted.continued is not None))
         values |= {"output_dir": folder, "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none", "eval_on_start": False}
-        trainer, values = recipe.assemble(wanted, objective, tokenizer, values, quiet=False)
+        trainer, values = runs.assemble(wanted, objective, tokenizer, values, quiet=False)
         trainer.add_callback(steps)
         trainer.run()
     done, timed = len(steps.ended), [b - a for a, b in zip(steps.begun, steps.ended, strict=True)]
     step = statistics.median(timed[min(WARM, done - 1) :])
-    memory = torch.accelerator.max_memory_allocated() if trainer.args.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = torch.accelerator.max_memory_allocated() if trainer.args.device.type == "cuda" else machine.most_memory()
     total = trainer.args.max_steps
     return Cost(
         models.parameters(trainer.model), total, round(trainer.tokens_seen * trainer.args.world_size / done * total), total * trainer.global_batch / trainer.train_dataset.rows,
-        step, timed[0], trainer.peak_share(1, step), memory, recipe.data_in_words(trainer.train_dataset.tokens, trainer.train_dataset.rows),
+        step, timed[0], trainer.peak_share(1, step), memory, runs.data_in_words(trainer.train_dataset.tokens, trainer.train_dataset.rows),
     )  # fmt: skip
 
 
@@ -192,17 +191,17 @@ def curve_cost(wanted: FinetuneRecipe) -> CurveCost:
     """
     with _thrown_away() as folder:
         values = arguments.resolve(wanted.trainer, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
-        runs = recipe.curve_of(wanted, values | {"output_dir": folder, "save_strategy": "no"}, quiet=True)
-        watch, few = _Steps(), runs.test[:64]
-        model = runs.sample(watch)
+        curve = runs.curve_of(wanted, values | {"output_dir": folder, "save_strategy": "no"}, quiet=True)
+        watch, few = _Steps(), curve.test[:64]
+        model = curve.sample(watch)
         begun = time.perf_counter()
-        runs.task.evaluate(model, runs.backbone, few, runs.args.per_device_eval_batch_size)
-        test_seconds = (time.perf_counter() - begun) / len(few) * len(runs.test)
-    todo = runs.todo()
-    tuned = {(run.init, run.labels): run for run in todo} if runs.task.learning_rates else {}
-    steps = sum(map(runs.steps, todo)) + len(runs.task.learning_rates) * sum(map(runs.steps, tuned.values()))
+        curve.task.evaluate(model, curve.backbone, few, curve.args.per_device_eval_batch_size)
+        test_seconds = (time.perf_counter() - begun) / len(few) * len(curve.test)
+    todo = curve.todo()
+    tuned = {(run.init, run.labels): run for run in todo} if curve.task.learning_rates else {}
+    steps = sum(map(curve.steps, todo)) + len(curve.task.learning_rates) * sum(map(curve.steps, tuned.values()))
     timed = [b - a for a, b in zip(watch.begun, watch.ended, strict=True)]
-    count = len(todo) + len(runs.task.learning_rates) * len(tuned)
+    count = len(todo) + len(curve.task.learning_rates) * len(tuned)
     return CurveCost(count, steps, statistics.median(timed[min(WARM, len(timed) - 1) :]), len(todo), test_seconds)
 
 
@@ -277,28 +276,27 @@ def inner_parameters(model: PreTrainedModel) -> int:
 
 def ladder(wanted: PretrainRecipe, minutes: float) -> Iterator[Rung]:
     """Every size, measured, smallest first; ends two sizes behind the best, or where memory ends."""
-    objective, tokenizer = recipe.check(wanted)
-    if "from" in wanted.model:
+    objective, tokenizer = runs.check(wanted)
+    if wanted.continued:
         raise UserError("model.from: a checkpoint has its size already; plan sizes a new model (model.architecture)")
     values = arguments.resolve(wanted.trainer, arguments.pretrain_defaults())
     args, config = arguments.build(values), models.config_of(wanted.model)
-    token_set = recipe.prepared(wanted.data, tokenizer)
+    token_set = prepared(wanted.data, tokenizer)
     length = wanted.data.seq_length
     stream = Stream(token_set, objective, length, args.seed, 10**9)
     collator = packing.collator(stream, length, models.family_of(config), args.device)
     rows = min(args.per_device_train_batch_size, 16)
     batch = {k: v.to(args.device) for k, v in collator([stream[i] for i in range(rows)]).items()}
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    peak = machine.matmul_peak(str(args.device), dtype, torch.get_num_threads())
+    peak = machine.matmul_peak(str(args.device), machine.precision(args), torch.get_num_threads())
     unique, seen = stream.rows * int(count_tokens(batch)) / rows, list[Rung]()
     for factor in STEPS_OF_THE_LADDER:
         section = scaled(wanted.model, config, factor)
-        model = models.prepare(models.build(section, stream.vocab, objective, length, args.seed), collator.most_documents is not None)
+        model = forward.prepare(models.build(section, stream.vocab, objective, length, args.seed), collator.most_documents is not None)
         inner = inner_parameters(model)
         try:
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            with machine.autocast(args):
                 flops = machine.step_flops(model.to(args.device), batch, token_loss)
-                call = partial(models.output_for_loss, model, models.head_for_loss(model, stream.vocab, args))
+                call = partial(forward.output_for_loss, model, forward.head_for_loss(model, stream.vocab, args))
                 seconds = machine.pass_seconds(model, batch, token_loss, call)
         except Exception as error:
             if not out_of_memory(error):
@@ -337,7 +335,7 @@ def plan(wanted: PretrainRecipe, minutes: float) -> tuple[list[Rung], Rung, dict
 
 
 def _default(name: str) -> Any:
-    field = next(f for f in dataclasses.fields(recipe.DataSection) if f.name == name)
+    field = next(f for f in dataclasses.fields(DataSection) if f.name == name)
     return field.default
 
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lmssl import config
+from lmssl import config, output
 from lmssl.data import corpus
 from lmssl.errors import UserError, did_you_mean, refused
+
+if TYPE_CHECKING:
+    from lmssl.tasks.base import Backbone, Task
 
 CHUNK = 16
 """Batches that are read before they are sorted by length and answered."""
 
 
-def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) -> tuple[Any, Any, Any]:
+def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) -> tuple[Task, Backbone, Any]:
     """(task, backbone, model) of a fine-tuned checkpoint.
 
     Its recipe.yaml says which task and columns; a checkpoint without one needs the task's name.
@@ -44,15 +48,14 @@ def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) 
     names = getattr(backbone.config, "id2label", None) if task.classes else None
     backbone = Backbone.load(checkpoint, known if 0 < known < 10**6 else None, [names[i] for i in sorted(names)] if names else ())
     model = task.model(backbone, True, 0)
-    new: frozenset[str] = getattr(model, "_lmssl_new", frozenset())
-    if new:
-        raise UserError(f"{checkpoint}: has no weights for {task.name} ({sorted(new)[0]} is missing); lmssl finetune makes a checkpoint that has")
+    if drawn := models.drawn(model):
+        raise UserError(f"{checkpoint}: has no weights for {task.name} ({min(drawn)} is missing); lmssl finetune makes a checkpoint that has")
     if not known_by_recipe and not task.writes(backbone):
         _check_layout(checkpoint, task, backbone)
     return task, backbone, model.to(machine.device()).eval()
 
 
-def _check_layout(checkpoint: str, task: Any, backbone: Any) -> None:
+def _check_layout(checkpoint: str, task: Task, backbone: Backbone) -> None:
     """Refuse a checkpoint that others trained where its own tokenizer lays an input out otherwise than tasks do here: with other
     special tokens around it, or with token types. Its answers would be others than in plain transformers."""
     from transformers import AutoTokenizer
@@ -71,7 +74,7 @@ def _check_layout(checkpoint: str, task: Any, backbone: Any) -> None:
         )
 
 
-def examples(task: Any, files: Sequence[str]) -> Iterator[Any]:
+def examples(task: Task, files: Sequence[str]) -> Iterator[Any]:
     """The inputs of files, or of standard input where there is none: lines of text, or of JSON objects."""
     field = getattr(task, task.column) if task.column else None
     sources = corpus.resolve(list(files), "FILE") if files else []
@@ -140,3 +143,35 @@ def predict(checkpoint: str, files: Sequence[str], *, task_name: str | None = No
             for example, row in zip(some, task.predictions(model, backbone, some, batch), strict=True):
                 yield {"where": example.where, **row}
             bar.update(len(some))
+
+
+def write(rows: Iterator[dict[str, Any]], out: Path | None) -> None:
+    """Predictions as JSON lines, to a file or to standard output; what can be refused is refused before the file is opened.
+
+    A pipe, a device or a link is written to; an ordinary file is replaced when the predictions are whole.
+
+    Raises:
+        UserError: a bad record; the file then holds the predictions before it.
+    """
+    first = next(rows, None)
+    whole = () if first is None else chain([first], rows)
+    if out is None:
+        for row in whole:
+            print(json.dumps(row, ensure_ascii=not output.has_all_letters()))
+        return
+    ordinary = not out.is_symlink() and (out.is_file() or not out.exists())
+    beside = out.with_name(f"{out.name}.part") if ordinary else out
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            for row in whole:
+                print(json.dumps(row, ensure_ascii=False), file=file)
+        if ordinary:
+            beside.replace(out)
+    except UserError as error:
+        if not ordinary or not beside.stat().st_size:
+            raise
+        kept, ordinary = beside, False
+        raise UserError(f"{error}; the predictions before it are in {kept}") from error
+    finally:
+        if ordinary:
+            beside.unlink(missing_ok=True)

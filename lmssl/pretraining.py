@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from lmssl import arguments, machine, models, packing
+from lmssl import forward, machine, models, packing
 from lmssl.arguments import FEWER_ROWS
 from lmssl.data.stream import Collator, Stream
 from lmssl.data.tokens import TokenSet
@@ -22,6 +22,7 @@ from lmssl.evaluation import held_out, held_out_stream
 from lmssl.objectives import fields_of
 from lmssl.objectives.base import IGNORE, Objective
 from lmssl.objectives.cross_entropy import token_loss
+from lmssl.ranks import processes
 from lmssl.trainer import ExactTrainer
 
 
@@ -69,8 +70,8 @@ class PretrainTrainer(ExactTrainer):
         if length is None:
             raise UserError("seq_length: this model has no fixed number of positions; say how many tokens a row has")
         self.seq_length, self.objective = length, objective
-        self.start = getattr(model.config, "decoder_start_token_id", None)
-        batch = arguments.processes() * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.start = models.decoder_start(model.config)
+        batch = processes() * args.per_device_train_batch_size * args.gradient_accumulation_steps
         stream = Stream(train_dataset, objective, length, args.seed, args.max_steps * batch, self.start)
         collator = packing.collator(stream, length, family, args.device)
         kernel = collator.most_documents is not None
@@ -83,9 +84,11 @@ class PretrainTrainer(ExactTrainer):
         }
         identity |= {name: getattr(args, name) for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")}
         self.held_out_stream = held_out_stream(stream, length, self.start)
-        super().__init__(models.prepare(model, kernel), args, stream, collator, optimizer, identity, quiet, on_spike, worker_timeout, self.held_out_stream)
-        models.check_isolated(self.model, stream.vocab, length, kernel and bool(args.bf16))
-        self.head = models.head_for_loss(self.model, stream.vocab, args)
+        if not any((item["labels"] != IGNORE).any() for item in map(self.held_out_stream.__getitem__, range(len(self.held_out_stream)))):
+            raise UserError(f"data.held_out: {section['name']} asks for no token of the held-out text; it is too short to judge a run by, hold out more")
+        super().__init__(forward.prepare(model, kernel), args, stream, collator, optimizer, identity, quiet, on_spike, worker_timeout, self.held_out_stream)
+        forward.check_isolated(self.model, stream.vocab, length, kernel and bool(args.bf16))
+        self.head = forward.head_for_loss(self.model, stream.vocab, args)
         self.held_out_collator = Collator(objective.held_out(), length, family, stream.vocab.pad)
         self.token_bytes = torch.from_numpy(stream.vocab.token_bytes).to(args.device)
         self.asked = torch.zeros(2, dtype=torch.int64, device=args.device)
@@ -103,12 +106,12 @@ class PretrainTrainer(ExactTrainer):
         if self.head is None or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")
-        loss = self.compute_loss_func(models.output_for_loss(model, self.head, inputs), labels, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
+        loss = self.compute_loss_func(forward.output_for_loss(model, self.head, inputs), labels, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
         return loss if num_items_in_batch is None else loss * self.args.world_size  # DDP takes the mean of what the ranks' labels share
 
     def bits_per_byte(self, loss: float) -> float | None:
         """Of a training loss, over the labels since this was last asked; None where they stand for no text."""
-        labels, size = self.asked.tolist()
+        labels, size = self.summed(self.asked.cpu().double()).tolist()
         self.asked.zero_()
         return loss * labels / math.log(2) / size if size else None
 
@@ -154,8 +157,7 @@ class PretrainTrainer(ExactTrainer):
     def measure(self) -> None:
         if self.quiet or self.peak or not isinstance(self.train_dataset, Stream):
             return
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
-        self.peak = machine.matmul_peak(str(self.args.device), dtype, torch.get_num_threads())
+        self.peak = machine.matmul_peak(str(self.args.device), machine.precision(self.args), torch.get_num_threads())
         batch = {k: v.to(self.args.device) for k, v in self.data_collator([self.train_dataset[0]]).items()}
         with self.compute_loss_context_manager():
             self.flops = machine.step_flops(self.accelerator.unwrap_model(self.model), batch, token_loss)

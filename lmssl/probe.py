@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, TrainingArguments
 
-from lmssl import config, machine, models
+from lmssl import config, forward, machine
 from lmssl.arguments import FEWER_ROWS
 from lmssl.data.stream import Collator, Stream
-from lmssl.errors import UserError, fitting, out_of_memory
+from lmssl.errors import Stopped, UserError, fitting, out_of_memory
 from lmssl.objectives.cross_entropy import token_loss
 
 log = logging.getLogger("lmssl")
@@ -64,7 +64,8 @@ def choose(values: Mapping[str, Any], args: TrainingArguments, model: PreTrained
     rows = done["per_device_train_batch_size"] * parts
     seconds: dict[int, float] = {}
     if done["batch"] == "auto":
-        done["per_device_train_batch_size"], seconds = fastest(args, model, stream, collator, rows)
+        best, seconds = fastest(args, model, stream, collator, rows)
+        done["per_device_train_batch_size"] = min(gather_object([best]))  # of the ranks' GPUs one may have less room
         done["gradient_accumulation_steps"] = rows // done["per_device_train_batch_size"]
         done["batch"] = "given"
         log.info("trainer.batch: %s", "; ".join(f"{rows // n} x {n} rows {s:.3f} s" for n, s in seconds.items()))
@@ -99,14 +100,14 @@ def fastest(args: TrainingArguments, model: PreTrainedModel, stream: Stream, col
             break
         size //= 2
     if not seconds:
-        raise UserError(f"trainer.batch: not even one row fits into memory (of {rows}, halved down to {size}); take a smaller model or shorter rows")
+        raise Stopped(f"trainer.batch: not even one row fits into memory (of {rows}, halved down to {size}); take a smaller model or shorter rows")
     return best, seconds
 
 
 def _step(args: TrainingArguments, model: PreTrainedModel, stream: Stream, collator: Collator, size: int, parts: int, repeats: int = 3) -> float:
     """Seconds of the passes of a step of so many micro-batches, not compiled."""
     batch = {k: v.to(args.device) for k, v in collator([stream[i] for i in range(min(size, len(stream)))]).items()}
-    prepared = models.prepare(model.to(args.device), collator.most_documents is not None)
-    call = partial(models.output_for_loss, prepared, models.head_for_loss(prepared, stream.vocab, args))
-    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+    prepared = forward.prepare(model.to(args.device), collator.most_documents is not None)
+    call = partial(forward.output_for_loss, prepared, forward.head_for_loss(prepared, stream.vocab, args))
+    with machine.autocast(args), forward.as_trained(prepared, args):
         return parts * machine.pass_seconds(prepared, batch, token_loss, call, repeats)

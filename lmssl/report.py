@@ -131,10 +131,15 @@ def _finetuned(folder: Path, metrics: dict[str, Any], figure: Callable[..., str]
     return f"<h2>{html.escape(metrics['task'].capitalize())} on few labels: {html.escape(str(folder))}</h2>{table}{plot}{_facts(facts)}"
 
 
+FEW_TESTS = 100
+"""Test examples below which the verdict says how much one of them is worth."""
+
+
 def verdict(metrics: dict[str, Any]) -> str:
     """What pretraining bought, in a sentence, negative results included; and another where the backbone was continued from somebody's checkpoint."""
-    before = metrics.get("continued_from")
-    return _verdict(metrics) + (f" The other model has random weights, so this counts what {before} brought." if before else "")
+    before, tests = metrics.get("continued_from"), metrics.get("test_examples", FEW_TESTS)
+    few = f" Of {tests} test examples each is {100 / tests:.1f} points, which no interval over seeds counts." if tests < FEW_TESTS else ""
+    return _verdict(metrics) + few + (f" The other model has random weights, so this counts what {before} brought." if before else "")
 
 
 def _verdict(metrics: dict[str, Any]) -> str:
@@ -146,7 +151,7 @@ def _verdict(metrics: dict[str, Any]) -> str:
     if not mean > error:
         return f"No gain shown: pretraining changes {change} (standard error {100 * error:.1f})."
     sure = sum(interval[0] > 0 for interval in intervals)
-    return f"Pretraining changes {change} (standard error {100 * error:.1f}); the gain exceeds its 95% interval at {sure} of {len(intervals)} label counts."
+    return f"Pretraining changes {change} (standard error {100 * error:.1f}); the gain's 95% interval is above zero at {sure} of {len(intervals)} label counts."
 
 
 def mean_gain(metrics: dict[str, Any]) -> tuple[float, float | None]:

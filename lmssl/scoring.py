@@ -10,8 +10,9 @@ from lmssl import config, output, tokenization
 from lmssl.data import tokens
 from lmssl.data.stream import Stream
 from lmssl.errors import UserError
+from lmssl.history import has_changed
 from lmssl.objectives import make
-from lmssl.recipe import PRETRAIN, DataSection, has_changed, prepared
+from lmssl.recipe import PRETRAIN, DataSection, prepared
 
 
 def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     Returns:
         {"loss", "bits_per_byte"}.
     """
-    from lmssl import machine, models
+    from lmssl import forward, machine, models
     from lmssl.data.stream import Collator
     from lmssl.evaluation import held_out
 
@@ -46,11 +47,11 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     token_set = prepared(data, tokenizer).held_out() if own_text else tokens.prepare(data.text, tokenizer, 0.0, on_bad_record=data.on_bad_record)
     if own_text and has_changed(checkpoint, token_set):
         raise UserError(f"data.text: the text of {checkpoint} has changed since; what is held out of it now may have been trained on (other text: data.text=PATH)")
-    start = getattr(checkpoint_config, "decoder_start_token_id", None)
+    start = models.decoder_start(checkpoint_config)
     vocab = token_set.vocab(start)
     model = models.build({"from": checkpoint}, vocab, objective, data.seq_length, 0)
     _check_whole(model, checkpoint)
-    model = models.prepare(model).to(machine.device())
+    model = forward.prepare(model).to(machine.device())
     stream = Stream(token_set, objective, data.seq_length, seed=0, length=None, start=start)
     values = held_out(model, stream, Collator(objective, data.seq_length, family, vocab.pad), batch, model.device)
     if not values["labels"]:
@@ -98,8 +99,10 @@ def evaluate_task(checkpoint: str, overrides: typing.Sequence[str]) -> tuple[str
 
 def _check_whole(model: Any, checkpoint: str) -> None:
     """Refuse a model parts of which are random: their score would say nothing."""
-    if new := sorted(model._lmssl_new):
-        raise UserError(f"{checkpoint}: is no pretrained language model: {new[0]} is missing")
+    from lmssl import models
+
+    if drawn := models.drawn(model):
+        raise UserError(f"{checkpoint}: is no pretrained language model: {min(drawn)} is missing")
 
 
 def is_fine_tuned(checkpoint: str) -> bool:
@@ -145,7 +148,7 @@ def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
         raise UserError(f"--pairs: {path} holds no pair")
     model = backbone.build(models.AUTO[backbone.family], True, 0).to(machine.device())
     _check_whole(model, checkpoint)
-    vocab = backbone.tokenizer.vocab(getattr(backbone.config, "decoder_start_token_id", None))
+    vocab = backbone.tokenizer.vocab(models.decoder_start(backbone.config))
     ids = backbone.ids([text for good, bad, _ in pairs for text in (good, bad)])
     room = (models.max_length(backbone.config) or 2**31) - 2
     for number, row in enumerate(ids):

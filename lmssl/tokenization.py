@@ -11,14 +11,14 @@ import hashlib
 import importlib.util
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from lmssl import byte_pairs
+from lmssl import byte_pairs, words
 from lmssl.errors import UserError, did_you_mean
 from lmssl.objectives.base import Objective, Vocab
 
@@ -208,7 +208,6 @@ class Tokenizer:
         if eos is None:
             raise UserError(f"data.tokenizer: {self.source} has no eos token; add it with: lmssl tokenizer --from {self.source} --out NEW_FOLDER")
         pad, bos = self.id("pad"), self.id("bos")
-        word_start, sentence_end, token_bytes = _token_facts(texts, special, self.backend)
         return Vocab(
             size=size,
             pad=eos if pad is None else pad,
@@ -218,9 +217,7 @@ class Tokenizer:
             start=start if start is not None else bos if bos is not None else eos if pad is None else pad,
             sentinels=np.array([self.backend.token_to_id(s) for s in self.sentinels], np.int32),
             special=special,
-            word_start=word_start,
-            sentence_end=sentence_end,
-            token_bytes=token_bytes,
+            **_token_facts(texts, special, self.backend),
         )
 
     def save(self, folder: str | Path) -> None:
@@ -234,35 +231,46 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _token_facts(texts: list[str], special: np.ndarray, backend: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """word_start, sentence_end and token_bytes of every token, read off the vocabulary's own marks."""
-    style = _style(backend)
-    starts, ends, sizes = np.zeros(len(texts), bool), np.zeros(len(texts), bool), np.zeros(len(texts), np.int32)
-    for i, token in enumerate(texts):
-        if special[i]:
-            continue
-        if style == "byte-level":
-            # Every character stands for one byte; a leading space is written as a letter of its own.
-            text, starts[i], sizes[i] = token.replace("Ġ", " ").replace("Ċ", "\n"), token[0] in "ĠĊĉ", len(token)
-        elif style == "wordpiece":
-            text = token.removeprefix("##")
-            starts[i] = not token.startswith("##")
-            sizes[i] = len(text.encode()) + (starts[i] and text[:1].isalnum())
-        else:
-            text, starts[i] = token.replace("▁", " "), token.startswith("▁")
-            byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-            sizes[i] = 1 if byte else len(text.encode())
-        stripped = text.rstrip("\"'”’)]")
-        ends[i] = stripped[-1:] in tuple(".!?…。！？")
-        starts[i] = starts[i] or (style == "byte-level" and token[0] in '!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~')
-    return starts, ends, sizes
+def _token_facts(texts: list[str], special: np.ndarray, backend: Any) -> dict[str, np.ndarray]:
+    """What `Vocab` says of every token's text, read off the vocabulary's own marks."""
+    read, count = _style(backend), len(texts)
+    facts = {name: np.zeros(count, bool) for name in ("word_start", "word_end", "sentence_end")} | {"token_bytes": np.zeros(count, np.int32)}
+    for i in np.flatnonzero(~special):
+        text, facts["word_start"][i], facts["word_end"][i], facts["token_bytes"][i] = read(texts[i])
+        facts["word_start"][i] |= words.spaceless(text)
+        facts["sentence_end"][i] = words.ends_sentence(text)
+    return facts
 
 
-def _style(backend: Any) -> Literal["byte-level", "wordpiece", "metaspace"]:
+def _style(backend: Any) -> Callable[[str], tuple[str, bool, bool, int]]:
+    """How a vocabulary writes its tokens: token -> its text, whether it is marked as a word's begin and as its end, the bytes that it stands for."""
     spec = json.loads(backend.to_str())
-    if spec["model"]["type"] == "WordPiece":
-        return "wordpiece"
-    return "byte-level" if '"ByteLevel"' in json.dumps([spec["pre_tokenizer"], spec["decoder"]]) else "metaspace"
+    inside, suffix = spec["model"].get("continuing_subword_prefix"), spec["model"].get("end_of_word_suffix")
+    letters = byte_pairs.alphabet()
+
+    def byte_level(token: str) -> tuple[str, bool, bool, int]:
+        end = bool(suffix) and token.endswith(suffix)  # CLIP has both
+        token = token.removesuffix(suffix) if suffix else token
+        known = all(c in letters for c in token)  # else it was added as it is
+        data = bytes(letters[c] for c in token) if known else token.encode()
+        text = data.decode("utf-8", "replace")
+        return text, text[:1].isspace() or (known and words.punctuation(text)), end, len(data) + (end and text[-1:].isalnum())
+
+    def word_begins(token: str) -> tuple[str, bool, bool, int]:
+        text, start = token.removeprefix(inside), not token.startswith(inside)
+        return text, start, False, len(text.encode()) + (start and text[:1].isalnum())
+
+    def word_ends(token: str) -> tuple[str, bool, bool, int]:
+        text, end = token.removesuffix(suffix), token.endswith(suffix)
+        return text, False, end, len(text.encode()) + (end and text[-1:].isalnum())
+
+    def metaspace(token: str) -> tuple[str, bool, bool, int]:
+        text, byte = token.replace("▁", " "), len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+        return text, token.startswith("▁"), False, 1 if byte else len(text.encode())
+
+    if '"ByteLevel"' in json.dumps([spec["pre_tokenizer"], spec["decoder"]]):
+        return byte_level
+    return word_begins if inside else word_ends if suffix else metaspace
 
 
 def load(source: str | Path) -> Tokenizer:

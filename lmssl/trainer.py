@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from lmssl import checkpoints, machine, models
-from lmssl.arguments import FEWER_ROWS, OWNED, WHOLE
+from lmssl import arguments, checkpoints, machine, models, ranks
+from lmssl.arguments import FEWER_ROWS, WHOLE
 from lmssl.data.stream import Onwards, Stream, count_tokens
 from lmssl.errors import Interrupted, Stopped, UserError, fitting, refused, written
 from lmssl.objectives.cross_entropy import token_loss
@@ -35,9 +35,6 @@ log = logging.getLogger("lmssl")
 RATES, MOMENTS = ("lr", "initial_lr", "weight_decay"), ("betas", "eps")
 """What a resumed run takes from its own recipe and not from the checkpoint's optimizer; of the moments where the checkpoint says with which it was made
 (decision 0019)."""
-
-UNUSABLE = ("save_only_model", "load_best_model_at_end", "label_smoothing_factor", "auto_find_batch_size", "enable_jit_checkpoint", "bf16_full_eval", "fp16_full_eval")
-"""Of `OWNED`, what a caller from Python might ask for, and would not get."""
 
 
 class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
@@ -75,36 +72,12 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         worker_timeout: float = 300,
         eval_dataset: Any = None,
     ):
-        for name in UNUSABLE:
-            if getattr(args, name, None):
-                raise UserError(f"{name}: not to be set: {OWNED[name]}")
-        args.train_sampling_strategy = "sequential"
-        args.remove_unused_columns = args.logging_nan_inf_filter = False
-        args.dataloader_in_order = True
-        args.ignore_data_skip = True  # the sampler begins where a checkpoint ended
-        args.save_total_limit, args.average_tokens_across_devices = None, True
-        args.disable_tqdm = True
-        # accelerate's bf16 widens every output to float32: at a vocabulary of 8k that copy costs a quarter of the
-        # step. lmssl casts around the forward pass itself. What `accelerate launch` was told does not change a recipe.
-        self.autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        args.mixed_precision = "fp16" if args.fp16 else "no"
-        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"  # with torch_compile transformers says it itself
-        if args.n_gpu > 1:
-            # transformers would split each batch over threads of this process, and average what is summed here.
-            log.warning("%d GPUs are visible and one is used; all of them: torchrun --nproc-per-node %d -m lmssl ...", args.n_gpu, args.n_gpu)
-            args._n_gpu = 1
-        # A checkpoint's weights have the names that the model has, by which a resumed run finds them: no older names that they were read
-        # under (LayerNorm.gamma), and none that an architecture's files on the hub have instead (gpt_neox, mixtral).
-        model._weight_conversions = []
+        _decide(args)
+        models.keep_names(model)
         machine.keep_memory(args.device.type)
-        if args.device.type == "cuda" and args.dataloader_pin_memory:
-            args.accelerator_config.non_blocking = True  # a batch goes over while the GPU is at work
         with refused("trainer"):
             super().__init__(model, args, data_collator, train_dataset, eval_dataset, compute_loss_func=token_loss)  # type: ignore[arg-type]
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UserError(f"accelerate's configuration: FSDP and DeepSpeed are not supported: {WHOLE}; DDP is")
-        if any(getattr(getattr(self.accelerator, "parallelism_config", None), f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp", "dp_shard")):
-            raise UserError(f"accelerate's configuration: a model in parts is not supported: {WHOLE}; DDP is")
+        self._refuse_parts()
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.remove_callback(callback)
         if args.torch_compile or args.device.type == "cuda":
@@ -139,6 +112,13 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
     def global_batch(self) -> int:
         """Items in one optimizer step over all ranks."""
         return self.args.world_size * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+
+    def _refuse_parts(self) -> None:
+        """Refuse what `accelerate launch` was told of a model in parts (decision 0020)."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UserError(f"accelerate's configuration: FSDP and DeepSpeed are not supported: {WHOLE}; DDP is")
+        if any(getattr(getattr(self.accelerator, "parallelism_config", None), f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp", "dp_shard")):
+            raise UserError(f"accelerate's configuration: a model in parts is not supported: {WHOLE}; DDP is")
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.optimizer_kind == "muon":
@@ -218,8 +198,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack = super().compute_loss_context_manager()
-        if self.autocast:
-            stack.enter_context(torch.autocast(self.args.device.type, self.autocast))
+        stack.enter_context(machine.autocast(self.args))
         return stack
 
     @property
@@ -396,6 +375,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         path, manifest, rejected = checkpoints.newest(root, self._fits)
         for reason in rejected:
             log.warning("passed over: %s", reason)
+        ranks.check_same_folder(root, manifest["step"] if path else None)
         if path is None:
             log.info("--resume: no checkpoint was completed in %s; starting at step 0", root)
             return None
@@ -447,6 +427,25 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             raise Interrupted(f"{name}: saved {where}; --resume continues there", self.guard.signum)
         if self.guard.signum:  # behind the last step, whose end could not save any more: as if it came now
             signal.raise_signal(self.guard.signum)
+
+
+def _decide(args: TrainingArguments) -> None:
+    """Set what lmssl decides by itself, whatever a caller or `accelerate launch` said; refuse what would contradict it."""
+    arguments.check(args)
+    args.train_sampling_strategy = "sequential"
+    args.remove_unused_columns = args.logging_nan_inf_filter = False
+    args.dataloader_in_order = True
+    args.ignore_data_skip = True  # the sampler begins where a checkpoint ended
+    args.save_total_limit, args.average_tokens_across_devices = None, True
+    args.disable_tqdm = True
+    # accelerate's bf16 widens every output to float32: at a vocabulary of 8k that copy costs a quarter of the
+    # step. lmssl casts around the forward pass itself.
+    args.mixed_precision = "fp16" if args.fp16 else "no"
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
+        del os.environ[name]
+    os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"  # with torch_compile transformers says it itself
+    if args.device.type == "cuda" and args.dataloader_pin_memory:
+        args.accelerator_config.non_blocking = True  # a batch goes over while the GPU is at work
 
 
 def _short(value: Any) -> str:

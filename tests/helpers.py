@@ -90,6 +90,12 @@ def small_model(architecture: str, vocab, length: int = 32, seed: int = 0, *, dr
     return models.build(section, vocab, OBJECTIVE[architecture], length, seed)
 
 
+def saved_backbone(architecture: str, tokens: lmssl.TokenSet, folder: Path, length: int = 32, **keys) -> None:
+    """A checkpoint of random weights with the token set's tokenizer, as pretraining leaves one."""
+    small_model(architecture, tokens.vocab(), length, **keys).save_pretrained(folder)
+    tokens.tokenizer.save(folder)
+
+
 def arguments(folder: Path, **keys) -> TrainingArguments:
     values = {
         "max_steps": 2,

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 
 import lmssl
+from lmssl import ranks
 from lmssl.data.stream import mix
+from lmssl.errors import UserError
 from lmssl.tasks.base import Backbone, Few
 from lmssl.tasks.sentiment import Labelled, Sentiment
 from lmssl.trainer import ExactTrainer
-from tests.helpers import OBJECTIVE, arguments, first_step, sentences, small_model, token_set
+from tests.helpers import OBJECTIVE, arguments, first_step, saved_backbone, sentences, small_model, token_set
 
 SENTIMENT = {"decoder": "llama", "encoder": "modernbert", "encoder-decoder": "t5"}
 
@@ -21,8 +23,7 @@ def save_backbones(shared: Path) -> None:
     """What the sentiment steps start from; saved before any process group exists."""
     tokens = token_set(shared)
     for family, architecture in SENTIMENT.items():
-        small_model(architecture, tokens.vocab()).save_pretrained(shared / family)
-        tokens.tokenizer.save(shared / family)
+        saved_backbone(architecture, tokens, shared / family)
 
 
 def sentiment_step(micro: int, folder: Path, accumulate: int = 1) -> tuple[float, torch.Tensor]:
@@ -43,8 +44,14 @@ def main(shared: str, architectures: str, out: str, micro: str) -> None:
         steps[name] = first_step(trainer)
     for family in SENTIMENT:
         steps[f"sentiment {family}"] = sentiment_step(int(micro), Path(shared) / family)
-    if os.environ.get("RANK", "0") == "0":
-        torch.save({"world": world, "steps": steps}, out)
+    ranks.check_same_folder(folder, "the same")
+    try:
+        ranks.check_same_folder(folder, os.environ.get("RANK"))
+        refused = False
+    except UserError:
+        refused = True
+    if ranks.first_process():
+        torch.save({"world": world, "steps": steps, "refused": refused}, out)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,8 @@ def test_a_model_has_the_usual_scale_and_keeps_what_the_text_does_not_hold(archi
 def test_recipes_begin_there_unless_they_say_otherwise(corpus_file, tmp_path):
     from safetensors.torch import load_file
 
-    from lmssl.recipe import PretrainRecipe, pretrain
+    from lmssl.recipe import PretrainRecipe
+    from lmssl.runs import pretrain
 
     tokenizer().save(tmp_path / "tokenizer")
 

@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import io
 import json
 import os
 import subprocess
@@ -119,6 +120,17 @@ def test_show(objective, corpus_file, tmp_path, capsys):
     assert {"masked": "<mask>", "infilling": "target", "span_corruption": "<extra_id_0>", "next_token": "labels"}[objective] in shown
 
 
+def test_show_on_a_terminal_without_the_letters(tmp_path, monkeypatch):
+    (tmp_path / "x.txt").write_text("".join(f"\u6771\u4eac \u00fcber alles, {n}\n" for n in range(20)), encoding="utf-8")
+    data = f"data: {{text: {tmp_path / 'x.txt'}, tokenizer: tokenizer_assets/bpe-8k, seq_length: 48}}"
+    (tmp_path / "r.yaml").write_text(f"{data}\nmodel: {{architecture: llama}}\nobjective: {{name: next_token}}\ntrainer: {{output_dir: x}}\n")
+    terminal = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert run(["show", str(tmp_path / "r.yaml"), "--rows", "1"]) == 0
+    terminal.seek(0)
+    assert "\\u6771\\u4eac \u00fcber" in terminal.read()
+
+
 def test_tokenizer_verb(corpus_file, tmp_path, capsys):
     assert run(["tokenizer", str(corpus_file), "--out", str(tmp_path / "t"), "--size", "460"]) == 0
     assert "460 ids" in capsys.readouterr().out
@@ -181,7 +193,8 @@ def test_report_refuses_what_is_no_run(tmp_path, capsys):
 
 def test_show_at_step_is_what_the_run_read(corpus_file, tmp_path, monkeypatch, capsys):
     from lmssl.data.stream import Stream
-    from lmssl.recipe import PretrainRecipe, pretrain, preview
+    from lmssl.recipe import PretrainRecipe
+    from lmssl.runs import pretrain, preview
 
     keys = [f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=6", f"trainer.output_dir={tmp_path}"]
     keys += ["trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2", "trainer.seed=3"]

@@ -10,7 +10,7 @@ import yaml
 from lmssl import arguments, config
 from lmssl.cli import run
 from lmssl.errors import UserError
-from lmssl.recipe import PretrainRecipe
+from lmssl.recipe import FinetuneRecipe, PretrainRecipe
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,12 @@ from lmssl.recipe import PretrainRecipe
         ("on", "on"),
         ("true", True),
         ("2020-01-01", "2020-01-01"),
+        ("2024_11_05", "2024_11_05"),
+        ("1:30", "1:30"),
+        ("0100", "0100"),
+        ("1_000_000", 1_000_000),
+        ("0x1F", 31),
+        ("+5", 5),
         ("[20, 1e2]", [20, 100.0]),
         ("a b", "a b"),
     ],
@@ -66,6 +72,29 @@ def test_build_refuses(mapping, message):
 
 def test_build():
     assert config.build(Sample, {"count": 2, "rate": 1, "many": [1]}, "s") == Sample(2, 1.0, "a", [1])
+
+
+def test_an_override_may_begin_as_no_yaml_does():
+    for value in ("*.jsonl", "#2", "@x", "!a", "`b`"):
+        assert config.apply_overrides({}, [f"data.text={value}"], ("data",)) == {"data": {"text": value}}
+
+
+def test_texts_that_look_like_numbers_survive_a_recipe():
+    recipe = {"task": {"label": "0100", "text": "1:30", "run": "2024_11_05", "count": 1000, "odd": "1_000", "rate": "1e3"}}
+    assert config.parse_yaml(config.dump(recipe), "x") == recipe
+
+
+def test_a_recipe_without_other_letters_is_the_same_recipe():
+    recipe = {"data": {"text": "東京.txt", "column": "naïve"}}
+    assert config.dump(recipe, ascii=True).isascii()
+    assert config.parse_yaml(config.dump(recipe, ascii=True), "x") == recipe
+
+
+def test_a_checkpoint_may_be_called_by_a_number():
+    sections = {"data": {"text": "x"}, "model": {"from": 2024}, "objective": {"name": "masked"}, "trainer": {}}
+    assert PretrainRecipe.of(sections).continued == "2024"
+    sections = {"data": {"train": "x"}, "model": {"from": 2024}, "task": {"name": "sentiment"}, "trainer": {}}
+    assert FinetuneRecipe.of(sections).source == "2024"
 
 
 BASE = """
@@ -131,6 +160,7 @@ def test_bad_recipe_is_one_line_and_exit_2(overrides, message, tmp_path, corpus_
         ("data: [1", r"r.yaml:\d+: not valid YAML"),
         ("data: {a: 1, a: 2}", "the key 'a' stands twice"),
         ("data: 3", "data: expected a mapping"),
+        ("data: {text: *.jsonl}", r"r.yaml:1: not valid YAML: .*begins with \* needs quotes"),
         ("[1, 2]", "a recipe is a mapping"),
         ("data: !!python/object/apply:os.system ['true']", "not valid YAML"),
         ("data: {text: x, tokenizer: y}", "the section 'model' is missing"),

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import unicodedata
 
 import pytest
 
@@ -10,7 +12,7 @@ from lmssl.cli import run
 from lmssl.data import contamination, tokens
 from lmssl.data.contamination import GRAM, Grams
 from lmssl.errors import UserError
-from lmssl.recipe import leak_check
+from lmssl.history import leak_check
 from lmssl.tasks.base import Example
 from tests.helpers import sentences, tokenizer
 
@@ -24,12 +26,12 @@ def naive(tests, documents):
     """The same rule, by sets of tuples of words."""
     seen = set()
     for document in documents:
-        found = contamination.WORD.findall(document.lower())
+        found = re.findall(r"\w+", document.lower())
         for n in range(contamination.SHORTEST, GRAM + 1):
             seen |= {tuple(found[i : i + n]) for i in range(len(found) - n + 1)}
     hit = []
     for k, test in enumerate(tests):
-        found = contamination.WORD.findall(test.lower())
+        found = re.findall(r"\w+", test.lower())
         n = min(GRAM, len(found))
         if n >= contamination.SHORTEST and any(tuple(found[i : i + n]) in seen for i in range(len(found) - n + 1)):
             hit.append(k)
@@ -54,6 +56,48 @@ def test_thirteen_words_are_needed():
     grams = Grams([" ".join(text)])
     assert grams.found_in(" ".join(["x", *text[5 : 5 + GRAM], "y"])).tolist() == [0]
     assert not len(grams.found_in(" ".join(["x", *text[5 : 4 + GRAM], "y"])))
+
+
+@pytest.mark.parametrize(
+    ("letters", "space"),
+    [("हिन्दीभाषा", " "), ("東京都市場経済新聞社", ""), ("กขคงจฉชซฌญ", "")],
+    ids=["marks inside words", "Chinese", "Thai"],
+)
+def test_words_of_other_scripts(letters, space):
+    draw = random.Random(3)
+    text = ["".join(draw.choices(letters, k=5)) if space else draw.choice(letters) for _ in range(40)]
+    grams = Grams([space.join(text)])
+    assert grams.found_in(space.join(text[5 : 5 + GRAM]) + "。").tolist() == [0]
+    assert not len(grams.found_in(space.join(text[5 : 4 + GRAM])))
+
+
+def test_composed_and_decomposed_accents_are_one():
+    text = "où étaient les élèves déjà arrivés à la fête du lycée cet été là"
+    assert Grams([text]).found_in(unicodedata.normalize("NFD", text)).tolist() == [0]
+
+
+def test_where_every_document_leaks_it_says_so(tmp_path):
+    text = " ".join(f"w{n}" for n in range(20))
+    (tmp_path / "text.txt").write_text("".join(f"{text} {n}\n" for n in range(9)))
+    (tmp_path / "tests.txt").write_text(text + "\n")
+    with pytest.raises(UserError, match=r"data.decontaminate: 8 documents share 13 words in a row with the tests, and none is left to train on"):
+        tokens.prepare(str(tmp_path / "text.txt"), tokenizer(), 1e-9, str(tmp_path / "tests.txt"))
+
+
+def test_text_cleaned_by_an_older_rule_is_prepared_again(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("\n".join(sentences(30)))
+    prepared = lambda: tokens.prepare(str(tmp_path / "text.txt"), tokenizer(), 0.1, True).folder  # noqa: E731
+    before = prepared()
+    assert prepared() == before
+    monkeypatch.setattr(contamination, "RULE", 0)
+    assert prepared() != before
+
+
+def test_a_test_that_cannot_be_read_is_never_skipped(tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(sentences(30)))
+    (tmp_path / "tests.jsonl").write_text('{"text": "a film"}\noops\n')
+    with pytest.raises(UserError, match=r"tests.jsonl:2: not valid JSON"):
+        tokens.prepare(str(tmp_path / "text.txt"), tokenizer(), 0.1, str(tmp_path / "tests.jsonl"), on_bad_record="skip")
 
 
 def test_preparation_drops_the_offenders(tmp_path):

@@ -13,10 +13,11 @@ from lmssl.arguments import OWNED_BY_TASKS, finetune_defaults, resolve
 from lmssl.cli import run
 from lmssl.errors import UserError
 from lmssl.predict import predict
-from lmssl.recipe import FinetuneRecipe, curve_of, finetune
+from lmssl.recipe import FinetuneRecipe
+from lmssl.runs import curve_of, finetune
 from lmssl.tasks import base, baseline, curve, make_task
 from lmssl.tasks.curve import Run
-from tests.helpers import small_model, token_set
+from tests.helpers import saved_backbone, token_set
 
 ARCHITECTURE = {"decoder": "llama", "encoder": "bert", "encoder-decoder": "t5"}
 LENGTH = 64
@@ -49,8 +50,7 @@ def backbones(shared_dir, tmp_path_factory):
     tokens, made = token_set(shared_dir), {}
     for family, architecture in ARCHITECTURE.items():
         made[family] = tmp_path_factory.mktemp(family)
-        small_model(architecture, tokens.vocab(), LENGTH).save_pretrained(made[family])
-        tokens.tokenizer.save(made[family])
+        saved_backbone(architecture, tokens, made[family], LENGTH)
     return made
 
 

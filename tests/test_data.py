@@ -114,12 +114,20 @@ def test_a_folder_of_somebody_s_is_not_replaced(tmp_path):
         assert lmssl.from_iterable(TEXTS, tokenizer(), tmp_path / "empty").documents
 
 
-def test_a_cache_that_lost_a_manifest_is_made_anew(tmp_path, monkeypatch):
+@pytest.mark.parametrize("damaged", ["manifest.json", f"train/{tokens.DATA}", f"held_out/{tokens.DATA}", "tokenizer/tokenizer.json"])
+def test_a_damaged_cache_is_made_anew(damaged, tmp_path, monkeypatch):
     monkeypatch.setenv("LMSSL_CACHE", str(tmp_path / "cache"))
     (tmp_path / "x.txt").write_text("\n".join(sentences(30)))
     made = tokens.prepare(str(tmp_path / "x.txt"), tokenizer(), 0.1)
-    (made.folder / "manifest.json").unlink()
-    assert tokens.prepare(str(tmp_path / "x.txt"), tokenizer(), 0.1).tokens == made.tokens
+    whole = (made.folder / damaged).read_bytes()
+    (made.folder / damaged).unlink()
+    (made.folder / damaged).write_bytes(whole[: len(whole) // 2])  # by another inode: the first one is still mapped
+    killed = made.folder.with_name(f"{made.folder.name}.part-1")
+    killed.mkdir()
+    again = tokens.prepare(str(tmp_path / "x.txt"), tokenizer(), 0.1)
+    assert again.tokenizer.hash == tokenizer().hash
+    assert [again.tokens, again.held_out().tokens] == [made.tokens, made.manifest["held_out"]["tokens"]]
+    assert not killed.exists()
 
 
 def test_a_worker_that_is_no_fork_gets_the_folder_not_the_tokens(shared_dir):
@@ -136,7 +144,12 @@ def test_saved_dataset(tmp_path):
     import datasets
 
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
-    assert [t for t, _ in corpus.documents(corpus.resolve(str(tmp_path / "saved")))] == TEXTS
+    (source,) = corpus.resolve(str(tmp_path / "saved"))
+    assert [t for t, _ in corpus.documents([source])] == TEXTS
+    before = source.fingerprint()
+    datasets.load_from_disk(str(tmp_path / "saved")).filter(lambda record: "first" in record["text"])
+    assert list((tmp_path / "saved").glob("cache-*.arrow"))
+    assert source.fingerprint() == before
 
 
 BAD = {
@@ -171,6 +184,12 @@ BAD = {
     "empty.jsonl": (b"", r"no document to train on"),
     "blank.txt": (b"\n  \n\n", r"no document to train on"),
 }
+
+
+def test_a_date_that_python_has_none_for(tmp_path):
+    pq.write_table(pa.table({"text": ["a"], "when": pa.array([10**17], pa.timestamp("ms"))}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=r"x.parquet: not a readable parquet file behind record 0: "):
+        list(corpus.documents(corpus.resolve(str(tmp_path / "x.parquet"))))
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -213,6 +232,14 @@ def test_what_is_wrong_with_a_whole_file_is_never_skipped(tmp_path, name):
         list(corpus.documents(corpus.resolve(str(tmp_path / name)), None, corpus.BadRecords(skip=True)))
 
 
+def test_a_bad_text_that_is_one_record_is_skipped_too(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\n")
+    (tmp_path / "b.txt").write_bytes(b"three\nf\xffour\n")
+    bad = corpus.BadRecords(skip=True)
+    assert [text for text, _ in corpus.documents(corpus.resolve(f"{tmp_path}/*.txt::file"), None, bad)] == ["one\ntwo"]
+    assert bad.count == 1
+
+
 def test_skipped_records_stand_in_the_manifest(tmp_path, caplog):
     (tmp_path / "x.jsonl").write_bytes(b"".join(b'{"text": "number %d"}\n' % n for n in range(20)) + b"oops\n")
     with pytest.raises(UserError, match=r"x.jsonl:21: not valid JSON"):
@@ -226,10 +253,20 @@ def test_skipped_records_stand_in_the_manifest(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("nowhere.jsonl", "no such file"), ("x/*.jsonl", "nothing matches"), ("file.xyz", "no such file|no reader"), ("package://no_such_pkg/x.csv", "not installed")],
+    [
+        ("nowhere.jsonl", "no such file"),
+        ("x/*.jsonl", "nothing matches"),
+        ("file.xyz", "no such file|no reader"),
+        ("package://no_such_pkg/x.csv", "not installed"),
+        ("package:///x.csv", "not installed"),
+        ("package://csv/x.csv", "'csv' is a module|has no file"),
+        ("~nobody-of-this-name/x.txt", "no such file"),
+        ("packed.jsonl.zst", "of compressed files only .gz is read"),
+    ],
 )
 def test_sources_that_are_none(source, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "packed.jsonl.zst").write_bytes(b"")
     with pytest.raises(UserError, match=message):
         corpus.resolve(source)
 

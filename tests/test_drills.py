@@ -26,6 +26,13 @@ def test_drill(name, lines):
     assert lines[name]["held"], lines[name]
 
 
+def test_what_the_full_disk_is_made_to_hit_is_there():
+    """The slice runs the first case alone."""
+    from tests.drills.r04_disk_full import REACHED
+
+    assert all(callable(getattr(owner(), name)) for owner, name in REACHED.values())
+
+
 def test_the_page_shows_every_drill():
     text = (ROOT / "docs" / "reliability.md").read_text()
     assert [name for name in (d.name for d in modules().values()) if f"| {name} |" not in text] == []

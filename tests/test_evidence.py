@@ -16,12 +16,13 @@ from torch.nn import functional
 from lmssl import tasks
 from lmssl.data import corpus
 from lmssl.errors import Interrupted, Stopped, UserError
-from lmssl.recipe import FinetuneRecipe, finetune
+from lmssl.recipe import FinetuneRecipe
+from lmssl.runs import finetune
 from lmssl.tasks import baseline, curve
 from lmssl.tasks.base import Few
 from lmssl.tasks.sentiment import Labelled, Sentiment
 from lmssl.tasks.translation import Pair, Translation
-from tests.helpers import sentences, small_model, token_set
+from tests.helpers import saved_backbone, sentences, token_set
 
 LENGTH = 32
 
@@ -30,8 +31,7 @@ LENGTH = 32
 def recipe(shared_dir, tmp_path):
     """A small backbone, sixty reviews, and the sections of a recipe over them."""
     tokens, folder = token_set(shared_dir), tmp_path / "backbone"
-    small_model("bert", tokens.vocab(), LENGTH, seed=7).save_pretrained(folder)  # no seed that a twin is drawn from
-    tokens.tokenizer.save(folder)
+    saved_backbone("bert", tokens, folder, LENGTH, seed=7)  # no seed that a twin is drawn from
     rows = [{"text": f"{text} {'good' if n % 2 else 'bad'}", "label": n % 2} for n, text in enumerate(dict.fromkeys(sentences(60, seed=9)))]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -218,7 +218,7 @@ def test_rates_that_no_trained_class_can_judge_are_warned_of(caplog):
     assert "with 20 labels learning rates are validated on 1 classes that are not trained on" in caplog.text
     caplog.clear()
     curve.check(dataclasses.replace(task, labels=[80]), examples, examples[:5])
-    assert not caplog.text
+    assert "validated on" not in caplog.text
 
 
 @pytest.mark.parametrize(("label", "message"), [("\ud83d", "half of a surrogate pair"), ("a\nb", "a class of several lines")])
@@ -258,3 +258,15 @@ def test_translations_are_scored_against_their_references(monkeypatch):
     scores, written = Translation().evaluate(None, None, [Pair("ein Film von fünf Wörtern", "", "", "a film of five words")], 1)
     assert scores["bleu"] == pytest.approx(1)
     assert written == ["a film of five words"]
+
+
+def test_whole_numbers_are_the_rows_of_the_head(caplog):
+    """12 classes of a ClassLabel: output 2 is the class 2, not "10"; and what the test set has none of is said."""
+    examples = [Labelled(f"text {n}", str(n % 12), "") for n in range(240)]
+    task = Sentiment(labels=[60], seeds=1)
+    assert curve.check(task, examples, examples[:120]) == [str(n) for n in range(12)]
+    assert not caplog.text
+    assert curve.check(task, examples, examples[:10]) == [str(n) for n in range(12)]
+    assert "of 12 classes 2 have no test example, and no score tells of them: 10, 11" in caplog.text
+    assert "data.test: 10 examples, of which each is 10.0 points" in caplog.text
+    assert curve.counted(examples).startswith("240 examples (0: 20, 1: 20, 2: 20")

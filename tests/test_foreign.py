@@ -14,7 +14,8 @@ from lmssl.cli import run
 from lmssl.errors import UserError
 from lmssl.models import build
 from lmssl.objectives import MaskedTokens
-from lmssl.recipe import PretrainRecipe, pretrain
+from lmssl.recipe import PretrainRecipe
+from lmssl.runs import pretrain
 from lmssl.tasks.base import Backbone
 from tests.helpers import SMALL, sentences
 

@@ -7,7 +7,7 @@ from transformers import AutoModel, TrainerCallback
 
 import lmssl
 from lmssl import arguments as sections
-from lmssl import machine, models, packing
+from lmssl import forward, machine, models, packing
 from lmssl.data.stream import Stream
 from lmssl.errors import Stopped
 from lmssl.objectives.cross_entropy import ALIGNED, PROJECTED, linear_cross_entropy, summed_cross_entropy, token_loss
@@ -60,7 +60,7 @@ def test_the_loss_equals_torch(dtype, columns):
 def test_no_document_sees_another_in_the_kernel(architecture, shared_dir):
     """Changing one document's tokens moves no other's logits; and the kernel computes what the mask does."""
     tokens = token_set(shared_dir)
-    model = models.prepare(small_model(architecture, tokens.vocab(), LENGTH).cuda(), True).eval()
+    model = forward.prepare(small_model(architecture, tokens.vocab(), LENGTH).cuda(), True).eval()
     batch = batch_of(architecture, tokens)
     del batch["labels"], batch["label_positions"]
     segments = batch["segments"]
@@ -130,7 +130,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(optimizer, shared_dir, tm
 def test_flops_of_the_kernel_are_those_of_the_documents(architecture, shared_dir):
     """Beside those of a model that masks: attention over each document alone, half of it where a token sees what stands before it."""
     tokens = token_set(shared_dir)
-    model = models.prepare(small_model(architecture, tokens.vocab(), LENGTH).cuda(), True)
+    model = forward.prepare(small_model(architecture, tokens.vocab(), LENGTH).cuda(), True)
     batch = batch_of(architecture, tokens)
     with torch.autocast("cuda", torch.bfloat16):
         kernel, mask = (machine.step_flops(model, b, token_loss) for b in (batch, {k: v for k, v in batch.items() if k != "borders"}))

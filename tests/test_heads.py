@@ -6,6 +6,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
+from lmssl import models
 from lmssl.errors import UserError
 from lmssl.tasks.base import Backbone
 from tests.helpers import SMALL, small_model, token_set
@@ -31,7 +32,7 @@ def test_every_weight_arrives_and_is_saved_under_the_heads_own_names(architectur
         config = transformers.AutoConfig.for_model(architecture, vocab_size=tokens.vocab().size, pad_token_id=0, **SMALL[kin[architecture]])
         pretrained = (transformers.AutoModelForMaskedLM if architecture == "electra" else transformers.AutoModelForCausalLM).from_config(config)
     model = keep(pretrained, tokens, tmp_path / "backbone").build(auto, True, 0)
-    assert all(any(name in new for name in NEW) for new in model._lmssl_new), sorted(model._lmssl_new)
+    assert all(any(name in new for name in NEW) for new in models.drawn(model)), sorted(models.drawn(model))
     assert torch.equal(model.get_input_embeddings().weight, pretrained.get_input_embeddings().weight)
     model.save_pretrained(tmp_path / "tuned")
     _, info = auto.from_pretrained(tmp_path / "tuned", output_loading_info=True)

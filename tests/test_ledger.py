@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lmssl import arguments, checkpoints
+from lmssl import checkpoints
 from lmssl.cli import run
 from lmssl.errors import Diverged, Interrupted, UserError
-from lmssl.recipe import FinetuneRecipe, finetune
+from lmssl.recipe import FinetuneRecipe
+from lmssl.runs import finetune
+from lmssl.tasks import ledger
 from lmssl.tasks.curve import Curve
 from lmssl.trainer import ExactTrainer
-from tests.helpers import small_model, token_set
+from tests.helpers import saved_backbone, token_set
 
 LENGTH = 32
 
@@ -24,8 +26,7 @@ LENGTH = 32
 def sections(shared_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ledger")
     tokens = token_set(shared_dir)
-    small_model("bert", tokens.vocab(), LENGTH).save_pretrained(folder / "backbone")
-    tokens.tokenizer.save(folder / "backbone")
+    saved_backbone("bert", tokens, folder / "backbone", LENGTH)
     rows = [{"text": f"the film {n} was {'good' if n % 2 else 'bad'}", "label": n % 2} for n in range(40)]
     (folder / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
@@ -143,7 +144,7 @@ def test_what_is_resumed_before_any_run_is_finished_is_compared_too(sections, tm
 def test_the_number_of_processes_is_part_of_a_curve(sections, tmp_path, monkeypatch):
     """Each step takes as many examples more."""
     finetune(FinetuneRecipe.of(sections(tmp_path, seeds=1, learning_rates=[])), quiet=True)
-    monkeypatch.setattr(arguments, "processes", lambda: 2)
+    monkeypatch.setattr(ledger, "processes", lambda: 2)
     with pytest.raises(UserError, match="processes changed: the finished runs have None, this recipe 2"):
         finetune(FinetuneRecipe.of(sections(tmp_path, learning_rates=[])), resume=True, quiet=True)
 

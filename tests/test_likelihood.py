@@ -8,7 +8,7 @@ import torch
 
 from lmssl import likelihood, models, scoring
 from lmssl.cli import run
-from tests.helpers import sentences, small_model, token_set, tokenizer
+from tests.helpers import saved_backbone, sentences, small_model, token_set, tokenizer
 
 TEXTS = [" ".join(t.split()[: 3 + n]) for n, t in enumerate(sentences(8, seed=4))]
 
@@ -60,8 +60,7 @@ def test_ties_are_half_and_never_right():
 def test_the_likelier_sentence_is_the_right_one(architecture, objective, by, shared_dir, tmp_path, monkeypatch):
     """Each is scored without bos and eos, and a model by its own kind of hole; here the shorter one is the likelier."""
     tokens, asked = token_set(shared_dir), []
-    small_model(architecture, tokens.vocab(), 64).save_pretrained(tmp_path)
-    tokens.tokenizer.save(tmp_path)
+    saved_backbone(architecture, tokens, tmp_path, 64)
     if objective:
         (tmp_path / "recipe.yaml").write_text(json.dumps({"data": {}, "model": {}, "objective": {"name": objective}, "trainer": {}}))
     good, bad = "a film", "a film was warm"
@@ -78,8 +77,7 @@ def test_the_likelier_sentence_is_the_right_one(architecture, objective, by, sha
 
 def test_the_command(shared_dir, tmp_path, capsys):
     tokens = token_set(shared_dir)
-    small_model("bert", tokens.vocab(), 64).save_pretrained(tmp_path)
-    tokens.tokenizer.save(tmp_path)
+    saved_backbone("bert", tokens, tmp_path, 64)
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps({"sentence_good": a, "sentence_bad": b, "UID": "x"}) + "\n" for a, b in zip(TEXTS[:4], TEXTS[4:], strict=True)))
     assert run(["evaluate", str(tmp_path), "--pairs", str(pairs)]) == 0

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lmssl
-from lmssl import machine, packing
+from lmssl import machine, output, packing
+from lmssl.errors import out_of_memory
 from lmssl.objectives import NextToken
 from lmssl.objectives.cross_entropy import token_loss
 from tests.helpers import arguments, small_model, token_set
@@ -26,6 +27,12 @@ class Chain(nn.Module):
 
     def forward(self, x):
         return {"logits": self.second(self.first(x))}
+
+
+def test_the_peak_of_memory_is_asked_anew():
+    assert machine.most_memory() > 2**20
+    assert not hasattr(machine.most_memory, "cache_info")
+    assert hasattr(machine.native_bf16, "cache_info"), "asked in every step"
 
 
 def test_flops_of_linear_layers_are_the_closed_formula():
@@ -82,7 +89,8 @@ def test_peak_share(shared_dir, tmp_path):
 
 FAULTS = """
 import resource, sys, torch
-from lmssl import machine, packing
+from lmssl import machine, output, packing
+from lmssl.errors import out_of_memory
 kept = machine.keep_memory('cpu') if sys.argv[1] == "keep" else False
 def touch():
     torch.empty(2**24).fill_(1.0)
@@ -114,3 +122,23 @@ def test_a_step_finds_the_memory_of_the_one_before():
 @pytest.mark.skipif(sys.platform != "linux", reason="an allocator of Linux")
 def test_an_allocation_that_the_environment_chose_is_left_alone():
     assert faults("keep", MALLOC_ARENA_MAX="2")[0] == 0
+
+
+@pytest.mark.parametrize("modern", [False, True])
+def test_a_gpu_too_old_for_triton_is_not_compiled_for(modern, monkeypatch):
+    monkeypatch.setattr(machine, "has_triton", lambda: modern)
+    monkeypatch.setenv("CC", "sh")
+    assert machine.compiles("cuda") is modern
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("x"), RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory"), RuntimeError("MPS backend out of memory (MPS")]
+)
+def test_full_memory_is_known_on_every_device(error):
+    assert out_of_memory(error)
+    assert not out_of_memory(RuntimeError("shape"))
+
+
+def test_the_evidence_names_the_device_of_the_run():
+    assert output.environment("mps")["device"].startswith("mps of ")
+    assert output.environment()["device"] == output.environment(torch.device("cpu"))["device"]

@@ -52,8 +52,9 @@ def refusal(capsys, *args):
         ("trainer.optimizer=adamw trainer.optim=adamw_bnb_8bit", "trainer.optim: .*bitsandbytes"),
         ("trainer.fp16=true trainer.bf16=false", "trainer.fp16: half precision needs a GPU"),
         ("trainer.torch_compile_mode=default trainer.torch_compile=false", "trainer.torch_compile_mode: says how to compile"),
-        ("trainer.accelerator_config={gradient_accumulation_kwargs:{num_steps:4}}", "gradient_accumulation_kwargs are not to be set"),
+        ("trainer.accelerator_config={gradient_accumulation_kwargs:{num_steps:4}}", "gradient_accumulation_kwargs is not to be set"),
         ("trainer.report_to=wandb", "trainer: .*(?i:wandb)"),
+        ("data.held_out=SHORT", "data.held_out: masked asks for no token of the held-out text"),
         ("data.tokenizer=runs/tokenizer", "train one with: lmssl tokenizer TEXT --out runs/tokenizer"),
     ],
 )
@@ -61,7 +62,8 @@ def test_settings_that_cannot_work_are_one_line(overrides, message, corpus_file,
     if ("wandb" in overrides and importlib.util.find_spec("wandb")) or ("bnb" in overrides and importlib.util.find_spec("bitsandbytes")):
         pytest.skip("installed here")
     recipe = written(recipe_of(corpus_file, tmp_path / "run"), tmp_path / "r.yaml")
-    assert re.search(message, refusal(capsys, "pretrain", recipe, *overrides.split()))
+    (tmp_path / "short.txt").write_text("a\n")
+    assert re.search(message, refusal(capsys, "pretrain", recipe, *overrides.replace("SHORT", str(tmp_path / "short.txt")).split()))
 
 
 def test_settings_that_work(corpus_file, tmp_path, capsys):

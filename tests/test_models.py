@@ -11,7 +11,7 @@ import transformers
 from transformers import AutoConfig
 
 import lmssl
-from lmssl import models, packing
+from lmssl import forward, models, packing
 from lmssl.data.stream import Stream, borders
 from lmssl.errors import UserError
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
@@ -26,7 +26,7 @@ VOCAB = vocab(64)
 @pytest.mark.parametrize("architecture", SMALL)
 def test_no_document_sees_another(architecture, implementation):
     """Changing one document's tokens moves no other's logits: encoder side, decoder side, both."""
-    model = models.prepare(small_model(architecture, VOCAB, 32, attn_implementation=implementation)).eval()
+    model = forward.prepare(small_model(architecture, VOCAB, 32, attn_implementation=implementation)).eval()
     segments = torch.tensor([[1] * 7 + [2] * 8 + [3] * 3 + [0] * 2, [1] * 10 + [2] * 10])
     torch.manual_seed(0)
     x, y = torch.randint(5, 50, (2, 20)), torch.randint(5, 50, (2, 20))
@@ -60,7 +60,7 @@ def test_the_kernel_of_a_gpu_is_given_each_document(architecture, monkeypatch):
         return torch.cat([F.scaled_dot_product_attention(*part, scale=scale, is_causal=window_size == (-1, 0))[0].transpose(0, 1) for part in parts])
 
     monkeypatch.setattr(packing, "varlen_attn", varlen_attn)
-    model = models.prepare(small_model(architecture, VOCAB, 32, attn_implementation="sdpa"), True).eval()
+    model = forward.prepare(small_model(architecture, VOCAB, 32, attn_implementation="sdpa"), True).eval()
     assert model.config._attn_implementation == (packing.BEFORE if architecture in ("gpt2", "llama") else packing.BOTH)
     segments = torch.tensor([[1] * 7 + [2] * 8 + [3] * 3 + [0] * 2, [1] * 10 + [2] * 10])
     ids = torch.randint(5, 50, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -76,7 +76,7 @@ def test_the_kernel_of_a_gpu_is_given_each_document(architecture, monkeypatch):
     # ModernBERT looks through a window in two layers of three: those take the mask.
     assert len(calls) == (2 if architecture == "modernbert" else layers)
     assert (found - masked).norm() / masked.norm() < 2e-2
-    models.check_isolated(model, VOCAB, 20)
+    forward.check_isolated(model, VOCAB, 20)
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids, segments=segments, borders=starts).logits, model(input_ids=ids, segments=segments).logits), "float32 takes the mask"
 
@@ -138,26 +138,26 @@ SEEING = {
 @pytest.mark.parametrize("architecture", [*SMALL, *SEEING])
 def test_architectures_whose_documents_see_each_other_are_refused(architecture):
     objective = OBJECTIVE.get(architecture, NextToken())
-    model = models.prepare(models.build({"architecture": architecture, **(SMALL | SEEING)[architecture]}, VOCAB, objective, 32, 0)).train()
+    model = forward.prepare(models.build({"architecture": architecture, **(SMALL | SEEING)[architecture]}, VOCAB, objective, 32, 0)).train()
     if architecture in SMALL:
-        models.check_isolated(model, VOCAB, 32)
+        forward.check_isolated(model, VOCAB, 32)
         assert model.training
         return
     with pytest.raises(UserError, match="see each other"):
-        models.check_isolated(model, VOCAB, 32)
+        forward.check_isolated(model, VOCAB, 32)
 
 
 def test_an_architecture_that_takes_no_such_mask_is_refused():
     keys = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = models.prepare(models.build({"architecture": "deberta-v2", **keys}, VOCAB, MaskedTokens(), 32, 0))
+    model = forward.prepare(models.build({"architecture": "deberta-v2", **keys}, VOCAB, MaskedTokens(), 32, 0))
     with pytest.raises(UserError, match="cannot be told which tokens"):
-        models.check_isolated(model, VOCAB, 32)
+        forward.check_isolated(model, VOCAB, 32)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert", "roberta", "modernbert", "t5"])
 def test_packed_equals_alone(architecture):
     """A document's logits in the middle of a row are those it has alone (BART's positions are absolute)."""
-    model = models.prepare(small_model(architecture, VOCAB, 32)).eval()
+    model = forward.prepare(small_model(architecture, VOCAB, 32)).eval()
     torch.manual_seed(0)
     x = torch.randint(5, 50, (1, 20))
     segments = torch.tensor([[1] * 7 + [2] * 8 + [3] * 5])
@@ -171,7 +171,7 @@ def test_packed_equals_alone(architecture):
 
 @pytest.mark.parametrize("architecture", SMALL)
 def test_projection_at_labels_equals_full_logits(architecture):
-    model = models.prepare(small_model(architecture, VOCAB, 32)).eval()
+    model = forward.prepare(small_model(architecture, VOCAB, 32)).eval()
     x, segments = torch.randint(5, 50, (2, 20)), torch.ones(2, 20, dtype=torch.int64)
     more = {"decoder_input_ids": x, "decoder_segments": segments} if model.config.is_encoder_decoder else {}
     at = torch.tensor([0, 3, 25, 39])
@@ -277,6 +277,16 @@ def test_families():
 def test_refusals(section, message):
     with pytest.raises(UserError, match=message):
         models.build(section, VOCAB, MaskedTokens(), 32, 0)
+
+
+def test_weights_that_are_a_pickle_are_refused_with_a_way_out(tmp_path):
+    model = small_model("bert", VOCAB)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"its \*.bin is a pickle, .* make safetensors of it"):
+        models.build({"from": str(tmp_path)}, VOCAB, MaskedTokens(), 32, 0)
+    with pytest.raises(UserError, match="a hub id reads owner/name"):
+        models.read_config("bert-base-german-cased", "model.from")
 
 
 def test_continue_grows_the_embeddings(tmp_path):

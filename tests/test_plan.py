@@ -67,6 +67,12 @@ def test_plan_answers_with_a_recipe_that_runs(recipe, tmp_path, capsys):
     assert run(["plan", str(recipe), "--minutes", "1", "--out", str(made)]) == 2
 
 
+def test_plan_refuses_where_it_cannot_write_before_it_measures(recipe, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(plan, "plan", lambda *args: pytest.fail("measured"))
+    assert run(["plan", str(recipe), "--minutes", "1", "--out", str(tmp_path / "new" / "x.yaml")]) == 2
+    assert f"--out: no such folder: {tmp_path / 'new'}" in capsys.readouterr().err
+
+
 def test_plan_measures_the_run_that_it_plans(recipe, monkeypatch):
     """Compilation is chosen by the length of the run: what is measured must have it too."""
     measured, cost = [], plan.cost

@@ -122,6 +122,15 @@ def test_a_trained_head_keeps_its_pooling(shared_dir, tmp_path):
         assert torch.allclose(model(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-6)
 
 
+@pytest.mark.parametrize(("encoding", "shown"), [(None, "é"), ("utf-8", "é"), ("latin-1", "\\u00e9")])
+def test_predictions_are_json_on_any_terminal(encoding, shown, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding) if encoding else io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    predict.write(iter([{"a": "é"}]), None)
+    out.seek(0)
+    assert out.read() == f'{{"a": "{shown}"}}\n'
+
+
 def test_no_length_is_no_mistake(classifier, tmp_path, capsys):
     """A tokenizer of somebody else's may say null."""
     shutil.copytree(classifier, tmp_path / "model")

@@ -1,11 +1,16 @@
 """Choices that are measured: made once, written down, read on resume, never over what a recipe says."""
 
 import pytest
+from transformers import PreTrainedModel
 
-from lmssl import config, machine, probe
-from lmssl.errors import UserError
-from lmssl.recipe import PRETRAIN, PretrainRecipe, pretrain
+from lmssl import arguments, config, machine, probe, runs
+from lmssl.errors import Stopped
+from lmssl.recipe import PRETRAIN, PretrainRecipe
+from lmssl.runs import pretrain
 from tests.helpers import SMALL
+
+KIND = "activation_checkpointing" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient_checkpointing"
+"""What transformers calls it, since 5.2x and before."""
 
 
 @pytest.fixture
@@ -64,24 +69,22 @@ def test_a_micro_batch_that_does_not_fit_is_passed_over(sections, speeds, monkey
     assert run(sections)["per_device_train_batch_size"] == 4
     assert asked[:4] == [32, 16, 8, 4]
     given |= {n: torch.OutOfMemoryError() for n in (4, 2, 1)}
-    with pytest.raises(UserError, match="not even one row fits"):
+    with pytest.raises(Stopped, match="not even one row fits"):
         run(sections, overwrite=True)
 
 
 @pytest.mark.parametrize(("seconds", "compiler", "compiled"), [(0.001, "sh", False), (100.0, "sh", True), (100.0, "no/such/compiler", False)])
 def test_compiled_where_it_pays(seconds, compiler, compiled, sections, speeds, monkeypatch):
     """Measured on the real recipe; the training itself is stopped before it would compile."""
-    from lmssl import recipe
-
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("CC", compiler)
     speeds[0][16] = seconds / 16
-    objective, tokenizer = recipe.check(wanted := PretrainRecipe.of(sections))
-    values = recipe.arguments.resolve(wanted.trainer, recipe.arguments.pretrain_defaults())
-    trainer, done = recipe.assemble(wanted, objective, tokenizer, values, True)
+    objective, tokenizer = runs.check(wanted := PretrainRecipe.of(sections))
+    values = arguments.resolve(wanted.trainer, arguments.pretrain_defaults())
+    trainer, done = runs.assemble(wanted, objective, tokenizer, values, True)
     assert done["torch_compile"] is trainer.args.torch_compile is compiled
     values["torch_compile"] = not compiled
-    assert recipe.assemble(wanted, objective, tokenizer, values, True)[1]["torch_compile"] is not compiled, "what a recipe says wins"
+    assert runs.assemble(wanted, objective, tokenizer, values, True)[1]["torch_compile"] is not compiled, "what a recipe says wins"
 
 
 def test_a_real_pass_leaves_no_gradient(sections):
@@ -98,3 +101,26 @@ def test_a_real_pass_leaves_no_gradient(sections):
     again = load_file(f"{folder}/model.safetensors")
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert probe.recorded(sections["trainer"]["output_dir"] + "/nothing.yaml", {}, PRETRAIN) == {}
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_what_is_measured_is_a_step_of_training(continued, sections, monkeypatch):
+    """With dropout, which a checkpoint is loaded without, and with checkpointed activations where the run has them; afterwards as before."""
+    measured, pass_seconds = [], machine.pass_seconds
+
+    def look(model, *args):
+        measured.append((model.training, getattr(model, f"is_{KIND}")))
+        return pass_seconds(model, *args)
+
+    monkeypatch.setattr(machine, "pass_seconds", look)
+    if continued:
+        run(sections)
+        sections["model"] = {"from": sections["trainer"]["output_dir"]}
+        sections["trainer"] |= {"output_dir": sections["trainer"]["output_dir"] + "-on", KIND: True}
+        measured.clear()
+    wanted = PretrainRecipe.of(sections)
+    objective, tokenizer = runs.check(wanted)
+    values = arguments.resolve(wanted.trainer, arguments.pretrain_defaults(continued))
+    trainer, _ = runs.assemble(wanted, objective, tokenizer, values, True)
+    assert set(measured) == {(True, continued)}
+    assert (trainer.model.training, getattr(trainer.model, f"is_{KIND}")) == (not continued, False)

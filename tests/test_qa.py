@@ -18,7 +18,7 @@ from lmssl.tasks import squad
 from lmssl.tasks.base import Backbone, Few
 from lmssl.tasks.qa import Question, QuestionAnswering
 from lmssl.trainer import ExactTrainer
-from tests.helpers import apart, arguments, first_step, sentences, small_model, token_set, tokenizer
+from tests.helpers import apart, arguments, first_step, saved_backbone, sentences, token_set, tokenizer
 
 ARCHITECTURES = ["gpt2", "llama", "bert", "roberta", "modernbert", "t5", "bart"]
 
@@ -44,8 +44,7 @@ def folder_of(shared_dir, tmp_path_factory):
     tokens, made = token_set(shared_dir), {}
     for architecture in ARCHITECTURES:
         made[architecture] = tmp_path_factory.mktemp(architecture)
-        small_model(architecture, tokens.vocab(), 64).save_pretrained(made[architecture])
-        tokens.tokenizer.save(made[architecture])
+        saved_backbone(architecture, tokens, made[architecture], 64)
     return made
 
 

@@ -1,18 +1,23 @@
 """What a run goes on from, and with: the item of the stream, the settings of today, a folder whose old run is removed in time."""
 
 import json
+import math
 
 import pytest
 import torch
 from transformers import AutoTokenizer, TrainerCallback
 
+import lmssl
+from lmssl import arguments as sections
 from lmssl import checkpoints, models
 from lmssl.cli import run
 from lmssl.data.stream import Stream
 from lmssl.errors import Stopped, UserError
-from lmssl.recipe import leak_check, pretrain
+from lmssl.history import leak_check
+from lmssl.objectives import MaskedTokens
+from lmssl.runs import pretrain
 from lmssl.tasks.base import Example
-from tests.helpers import token_set
+from tests.helpers import arguments, small_model, token_set
 from tests.test_trainer import LENGTH, At, recipe_of, trainer_of, weights
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -259,15 +264,50 @@ def test_half_precision_is_part_of_what_a_run_is(shared_dir, tmp_path):
 def test_what_a_launcher_was_told_changes_no_run(shared_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "max-autotune")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_FULLGRAPH", "true")
     trainer = trainer_of("bert", token_set(shared_dir), tmp_path)
     assert trainer.accelerator.mixed_precision == "no"
-    assert trainer.accelerator.state.dynamo_plugin.backend.value == "NO"
+    plugin = trainer.accelerator.state.dynamo_plugin
+    assert (plugin.backend.value, plugin.mode, plugin.fullgraph) == ("NO", "default", False)
 
 
 @pytest.mark.parametrize("field", ["save_only_model", "label_smoothing_factor", "bf16_full_eval"])
 def test_from_python_too_what_would_not_be_given_is_refused(field, shared_dir, tmp_path):
     with pytest.raises(UserError, match=f"{field}: not to be set: "):
         trainer_of("bert", token_set(shared_dir), tmp_path, **{field: 0.1 if "factor" in field else True})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}}, "gradient_accumulation_kwargs is not to be set"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches is not to be set"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant=true is not supported"),
+    ],
+)
+def test_from_python_too_what_would_be_another_run_is_refused(keys, message, shared_dir, tmp_path):
+    with pytest.raises(UserError, match=message):
+        trainer_of("bert", token_set(shared_dir), tmp_path, **keys)
+
+
+def test_processes_that_no_group_holds_together_are_refused(shared_dir, tmp_path, monkeypatch):
+    """A Mac, or a GPU run's recipe on CPUs: each process would be the first of a run of its own, all in one folder."""
+    tokens, args = token_set(shared_dir), arguments(tmp_path)
+    model = small_model("bert", tokens.vocab(), LENGTH)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # no group is begun: the arguments are there already
+    with pytest.raises(UserError, match=r"2 processes were started \(WORLD_SIZE\), of which 1 can train together on this device: trainer.use_cpu=true"):
+        sections.check(args)
+    with pytest.raises(UserError, match="2 processes were started"):
+        lmssl.PretrainTrainer(model, MaskedTokens(), tokens, args, LENGTH, quiet=True)
+
+
+def test_bits_per_byte_are_of_all_ranks(shared_dir, tmp_path, monkeypatch):
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path)
+    monkeypatch.setattr(trainer, "summed", lambda value: value + torch.tensor([10.0, 90.0], dtype=torch.float64))
+    trainer.asked[:] = torch.tensor([10, 10])
+    assert trainer.bits_per_byte(1.0) == pytest.approx(20 / math.log(2) / 100)
+    assert trainer.asked.tolist() == [0, 0]
 
 
 def test_a_run_is_judged_by_its_own_held_out_text(shared_dir, tmp_path):

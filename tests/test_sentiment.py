@@ -12,12 +12,13 @@ import transformers
 from lmssl import models, predict, tokenization
 from lmssl.data.tokens import below, content_hash
 from lmssl.errors import UserError
-from lmssl.recipe import FinetuneRecipe, finetune
+from lmssl.recipe import FinetuneRecipe
+from lmssl.runs import finetune
 from lmssl.tasks import adapters, base, generation
 from lmssl.tasks.base import Backbone, Example
 from lmssl.tasks.sentiment import Labelled, Sentiment
 from lmssl.tasks.translation import Translation
-from tests.helpers import sentences, small_model, token_set, tokenizer
+from tests.helpers import saved_backbone, sentences, small_model, token_set, tokenizer
 
 EXAMPLES = [Example(text, "good" if n % 3 else "bad", f"x:{n}") for n, text in enumerate(dict.fromkeys(sentences(300)))]
 
@@ -47,8 +48,7 @@ def backbones(shared_dir, tmp_path_factory):
     tokens, made = token_set(shared_dir), {}
     for family, architecture in {"decoder": "llama", "encoder": "modernbert", "encoder-decoder": "t5"}.items():
         folder = tmp_path_factory.mktemp(family)
-        small_model(architecture, tokens.vocab(), 32).save_pretrained(folder)
-        tokens.tokenizer.save(folder)
+        saved_backbone(architecture, tokens, folder, 32)
         made[family] = Backbone.load(str(folder), 16, ["0", "1"])
     return made
 
@@ -210,8 +210,7 @@ def easy(tmp_path_factory):
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert", "roberta", "modernbert", "t5", "bart"])
 def test_every_family(architecture, easy, shared_dir, tmp_path):
     tokens = token_set(shared_dir)
-    small_model(architecture, tokens.vocab(), 32).save_pretrained(tmp_path / "backbone")
-    tokens.tokenizer.save(tmp_path / "backbone")
+    saved_backbone(architecture, tokens, tmp_path / "backbone", 32)
     recipe = FinetuneRecipe.of(
         {
             "task": {"name": "sentiment", "text": "review", "label": "verdict", "labels": [8, 120], "seeds": 1},
@@ -232,8 +231,7 @@ def test_every_family(architecture, easy, shared_dir, tmp_path):
 
 def test_it_learns_and_scratch_differs(easy, shared_dir, tmp_path):
     tokens = token_set(shared_dir)
-    small_model("llama", tokens.vocab(), 32).save_pretrained(tmp_path / "backbone")
-    tokens.tokenizer.save(tmp_path / "backbone")
+    saved_backbone("llama", tokens, tmp_path / "backbone", 32)
     recipe = FinetuneRecipe.of(
         {
             "task": {"name": "sentiment", "text": "review", "label": "verdict", "labels": [160], "seeds": 2},
@@ -258,8 +256,7 @@ def test_it_learns_and_scratch_differs(easy, shared_dir, tmp_path):
 def test_probe_and_lora(method, architecture, easy, shared_dir, tmp_path, monkeypatch):
     """A probe trains the head alone; low-rank updates leave a checkpoint without a trace of peft; the twin trains everything."""
     tokens = token_set(shared_dir)
-    small_model(architecture, tokens.vocab(), 32).save_pretrained(tmp_path / "backbone")
-    tokens.tokenizer.save(tmp_path / "backbone")
+    saved_backbone(architecture, tokens, tmp_path / "backbone", 32)
     backbone = Backbone.load(str(tmp_path / "backbone"), None, ["contra", "pro"])
     untouched = Sentiment().model(backbone, True, 0).state_dict()
     model = adapters.apply(Sentiment().model(backbone, True, 0), method, 4)
@@ -332,8 +329,7 @@ def test_macro_f1_equals_scikit_learn():
 )
 def test_refusals(change, message, easy, shared_dir, tmp_path):
     tokens = token_set(shared_dir)
-    small_model("bert", tokens.vocab(), 32).save_pretrained(tmp_path / "backbone")
-    tokens.tokenizer.save(tmp_path / "backbone")
+    saved_backbone("bert", tokens, tmp_path / "backbone", 32)
     sections = {
         "task": {"name": "sentiment", "text": "review", "label": "verdict", "labels": [8], "seeds": 1},
         "data": {"train": str(easy), "test": 60},

@@ -1,5 +1,6 @@
 """Tokenizers of three kinds: made, saved, loaded, completed, refused."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,10 @@ import transformers
 from lmssl import tokenization
 from lmssl.errors import UserError
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
-from tests.helpers import sentences, tokenizer
+from lmssl.objectives.base import Row
+from lmssl.recipe import PretrainRecipe
+from lmssl.tasks.base import Backbone
+from tests.helpers import sentences, small_model, tokenizer
 
 ASSET = "tokenizer_assets/bpe-8k"
 
@@ -44,6 +48,66 @@ def test_vocabulary_facts(kind):
     assert vocab.sentence_end[ids].sum() == 1
     assert abs(int(vocab.token_bytes[ids].sum()) - len(text)) <= 1
     assert not vocab.token_bytes[vocab.special].any()
+
+
+def by_words(vocab, ids):
+    """Numbers of the tokens that begin a word."""
+    ends = np.append(True, vocab.word_end[ids][:-1])
+    return np.flatnonzero(vocab.word_start[ids] | ends).tolist()
+
+
+@pytest.mark.parametrize("kind", tokenization.KINDS)
+def test_scripts_without_spaces_have_words_and_sentences(kind):
+    texts = ["今天天气很好。我们去公园！", "วันนี้อากาศดี", "好的 film 很好。"] * 20
+    made = tokenization.train(texts, kind, 700)
+    vocab, (ids, spans) = made.vocab(), made.spans(texts[:1])[0]
+    known = [n for n, i in enumerate(ids) if not vocab.special[i]]  # <unk> of a wordpiece
+    assert set(known) <= {n for n in known if vocab.word_start[ids[n]] or texts[0][spans[n, 0]] in "。！"}
+    assert [texts[0][spans[n, 1] - 1] for n in np.flatnonzero(vocab.sentence_end[ids])] == ["。", "！"]
+
+
+def test_a_part_of_a_letter_begins_no_word():
+    made = tokenization.load(ASSET)
+    ids = made.encode(["one мир señor — two"])[0][1:-1]
+    starts = [made.backend.id_to_token(int(i)) for i in ids[made.vocab().word_start[ids]]]
+    assert len(ids) > 12
+    assert [token[0] for token in starts] == ["Ġ"] * 4
+
+
+@pytest.mark.parametrize("byte_level", [False, True])
+def test_marks_at_the_end_of_words(byte_level):
+    """GPT's, and CLIP's, which are bytes too."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.BPEDecoder(suffix="</w>")
+    if byte_level:
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([backend.pre_tokenizer, pre_tokenizers.ByteLevel(False, use_regex=False)]), decoders.ByteLevel()
+    special = ["<unk>", "<pad>", "<s>", "</s>", "<mask>"]
+    backend.train_from_iterator(sentences(50, seed=1), trainers.BpeTrainer(vocab_size=120, special_tokens=special, end_of_word_suffix="</w>", show_progress=False))
+    made = tokenization.Tokenizer(backend, {"pad": "<pad>", "eos": "</s>", "mask": "<mask>"}, [])
+    vocab, text = made.vocab(), "the film was good. a slow story"
+    ids, spans = made.spans([text])[0]
+    assert [int(spans[n, 0]) for n in by_words(vocab, ids)] == [0, 4, 9, 13, 17, 19, 21, 26]
+    assert len(ids) > 8
+    assert abs(int(vocab.token_bytes[ids].sum()) - len(text)) <= 1
+    row = Row(np.append(ids, vocab.eos).astype(np.int32), np.ones(len(ids) + 1, np.int32))
+    for seed in range(20):
+        hidden = np.flatnonzero(MaskedTokens(rate=0.5, unit="word")(row, vocab, np.random.default_rng(seed))["labels"] != -100)
+        whole = [set(range(a, b)) for a, b in pairwise([*by_words(vocab, ids), len(ids)])]
+        assert set(hidden.tolist()) == set().union(*(w for w in whole if w & set(hidden.tolist())))
+
+
+def test_a_tokenizer_without_eos_gets_one_when_its_checkpoint_is_continued(tmp_path):
+    made = tokenizer()
+    bare = tokenization.Tokenizer(made.backend, {role: text for role, text in made.roles.items() if role != "eos"}, made.sentinels)
+    bare.save(tmp_path)
+    sections = {"data": {"text": "x"}, "model": {"from": str(tmp_path)}, "objective": {"name": "next_token"}, "trainer": {}}
+    assert tokenization.load(tmp_path).id("eos") is None
+    assert PretrainRecipe.of(sections).tokenizer().id("eos") is not None
+    small_model("bert", made.vocab()).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no eos token; lmssl pretrain with model.from=.* adds one"):
+        Backbone.load(str(tmp_path))
 
 
 def test_specials_spelt_in_text_are_text():

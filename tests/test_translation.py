@@ -15,7 +15,7 @@ from lmssl.tasks import generation
 from lmssl.tasks.base import Backbone, Few
 from lmssl.tasks.translation import Pair, Translation, bleu_and_chrf
 from lmssl.trainer import ExactTrainer
-from tests.helpers import apart, arguments, first_step, sentences, small_model, token_set, tokenizer
+from tests.helpers import apart, arguments, first_step, saved_backbone, sentences, token_set, tokenizer
 
 ARCHITECTURES = ["gpt2", "llama", "bert", "roberta", "modernbert", "t5", "bart"]
 SOURCES, TARGETS = [" ".join(t.split()[:8]) for t in sentences(12, seed=1)], [" ".join(t.split()[:6]) for t in sentences(12, seed=2)]
@@ -26,8 +26,7 @@ def backbones(shared_dir, tmp_path_factory):
     tokens, made = token_set(shared_dir), {}
     for architecture in ARCHITECTURES:
         folder = tmp_path_factory.mktemp(architecture)
-        small_model(architecture, tokens.vocab(), 64).save_pretrained(folder)
-        tokens.tokenizer.save(folder)
+        saved_backbone(architecture, tokens, folder, 64)
         made[architecture] = Backbone.load(str(folder), 64)
     return made
 

@@ -1,23 +1,26 @@
 """Which test texts the pretraining text has seen: overlap of 13 words in a row.
 
 The rule of Brown et al. 2020 (arXiv:2005.14165, appendix C): texts are compared as lower-case words without
-punctuation; a test text has leaked where it shares 13 words in a row with a document. A test text of 8 to 12 words is
-looked for whole; a shorter one is not looked for, since such a run of words is no evidence.
+punctuation (`lmssl.words`: of a script without spaces each character is one); a test text has leaked where it shares 13
+words in a row with a document. A test text of 8 to 12 words is looked for whole; a shorter one is not looked for, since
+such a run of words is no evidence.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from hashlib import blake2b
 
 import numpy as np
 
+from lmssl.words import words
+
 GRAM = 13
 """Words in a row."""
+RULE = 2
+"""Changes where what counts as a word does, so that text cleaned by an older rule is prepared again."""
 SHORTEST = 8
 """Words of a text that is looked for at all."""
-WORD = re.compile(r"\w+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -33,44 +36,44 @@ class Grams:
         self._ids: dict[str, int] = {}
         found: dict[int, list[tuple[np.ndarray, int]]] = {}
         for number, text in enumerate(texts):
-            words = self._words(text)
-            n = min(GRAM, len(words))
+            hashes = self._hashes(text)
+            n = min(GRAM, len(hashes))
             if n >= SHORTEST:
-                found.setdefault(n, []).append((_rolling(words, n), number))
+                found.setdefault(n, []).append((_rolling(hashes, n), number))
         self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for n, parts in found.items():
             grams, owners = np.concatenate([g for g, _ in parts]), np.concatenate([np.full(len(g), k) for g, k in parts])
             order = np.argsort(grams, kind="stable")
             self._tables[n] = (grams[order], owners[order])
 
-    def _words(self, text: str) -> np.ndarray:
-        """uint64, a hash of each word."""
+    def _hashes(self, text: str) -> np.ndarray:
+        """uint64, one of each word."""
         if len(self._ids) > 2**20:
             self._ids.clear()
-        ids, words = self._ids, WORD.findall(text.lower())
-        for word in words:
+        ids, found = self._ids, words(text)
+        for word in found:
             if word not in ids:
                 ids[word] = int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "big")
-        return np.array([ids[w] for w in words], np.uint64)
+        return np.array([ids[word] for word in found], np.uint64)
 
     def found_in(self, document: str) -> np.ndarray:
         """Numbers of the texts that share an n-gram with a document, ascending."""
-        words, hits = self._words(document), [np.empty(0, np.int64)]
+        hashes, hits = self._hashes(document), [np.empty(0, np.int64)]
         for n, (grams, owners) in self._tables.items():
-            if len(words) < n:
+            if len(hashes) < n:
                 continue
-            here = np.unique(_rolling(words, n))
+            here = np.unique(_rolling(hashes, n))
             first, last = np.searchsorted(grams, here, "left"), np.searchsorted(grams, here, "right")
             hits += [owners[a:b] for a, b in zip(first[last > first], last[last > first], strict=True)]
         return np.unique(np.concatenate(hits))
 
 
-def _rolling(words: np.ndarray, n: int) -> np.ndarray:
+def _rolling(hashes: np.ndarray, n: int) -> np.ndarray:
     """A hash of every n words in a row, uint64 [len - n + 1]."""
-    total = np.zeros(len(words) - n + 1, np.uint64)
+    total = np.zeros(len(hashes) - n + 1, np.uint64)
     with np.errstate(over="ignore"):
         for j in range(n):
-            total = total * _FACTOR + words[j : len(words) - n + 1 + j]
+            total = total * _FACTOR + hashes[j : len(hashes) - n + 1 + j]
     return total
 
 

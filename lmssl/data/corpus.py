@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,9 @@ class Source:
             digest.update(f"{self.path}@{self.split}".encode())
         if self.kind == "verses":
             digest.update(verses.version("data").encode())
-        for file in sorted(path.rglob("*.arrow")) if self.kind == "saved" else [path] if path.is_file() else []:
+        # `datasets` keeps what its methods computed beside the data.
+        saved = (file for file in sorted(path.rglob("*.arrow")) if not file.name.startswith(("cache-", "tmp")))
+        for file in saved if self.kind == "saved" else [path] if path.is_file() else []:
             with file.open("rb") as stream:
                 while block := stream.read(2**20):
                     digest.update(block)
@@ -91,7 +94,7 @@ def _resolve_one(name: str, where: str) -> list[Source]:
         name, _, split = text.partition("@")
         verses.check(name, split, where)
         return [Source(name, "verses", column or None, split)]
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # which leaves a ~name that is nobody's as it stands
     if path.is_file():
         return [_file(path, column, where)]
     if path.is_dir():
@@ -119,8 +122,10 @@ def _package_file(text: str, where: str) -> Path:
     package, _, inner = text.removeprefix("package://").partition("/")
     try:
         path = Path(str(resources.files(package))) / inner
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, ValueError):
         raise UserError(f"{where}: the package '{package}' of {text} is not installed; for the quickstart: pip install 'lmssl[quickstart]'") from None
+    except TypeError:
+        raise UserError(f"{where}: {text}: '{package}' is a module, and holds no files") from None
     if not path.is_file():
         raise UserError(f"{where}: the package '{package}' has no file {inner}")
     return path
@@ -133,7 +138,8 @@ def _kind(path: Path) -> str:
 def _file(path: Path, column: str, where: str) -> Source:
     kind = _kind(path)
     if kind not in (*KINDS, "json"):
-        raise UserError(f"{where}: {path}: no reader for this kind of file; {did_you_mean(kind, KINDS)}")
+        packed = "; of compressed files only .gz is read: unpack it" if kind in ("zst", "xz", "bz2", "zip", "lz4", "br", "7z") else ""
+        raise UserError(f"{where}: {path}: no reader for this kind of file{packed or f'; {did_you_mean(kind, KINDS)}'}")
     if kind == "txt" and column not in ("", *TEXT_UNITS):
         raise UserError(f"{where}: {path}::{column}: a .txt file is read by line, file or paragraph; {did_you_mean(column, TEXT_UNITS)}")
     return Source(str(path), kind, column or None)
@@ -163,8 +169,8 @@ def documents(sources: Iterable[Source], on_bytes: Callable[[int], None] | None 
             good += 1
             if value.strip():
                 yield value, where
-        if bad.count > before and not good:
-            # A misspelt column or the wrong file is no bad record.
+        if bad.count > before and not good and source.column != "file":
+            # A misspelt column or the wrong file is no bad record. (A text that is one record may well be bad.)
             raise UserError(f"{source.path}: none of its {bad.count - before} records can be read, so none is skipped; {bad.first[-1]}")
 
 

@@ -267,7 +267,7 @@ def table(stream: IO[bytes], path: str, delimiter: str, headless: bool, bad: Bad
             header = [name.strip() for name in row]
             if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), None)):
                 means = "a comma (.csv)" if delimiter == "," else "a tab (.tsv)"
-                raise UserError(f"{path}:{begin}: the columns seem to be divided by {other!r}; what divides them here is {means}")
+                raise UserError(f"{path}:{begin}: the columns seem to be divided by {other!r}; what divides them here is {means}; .jsonl has no such choice (docs/tasks.md)")
             if len(set(header)) < len(header):
                 raise UserError(f"{path}:{begin}: the header names a column twice: {', '.join(header)}")
             continue
@@ -294,5 +294,5 @@ def parquet(stream: IO[bytes], path: str) -> Iterator[Record]:
                 for record in batch.to_pylist():
                     number += 1
                     yield record, f"{path}:{number}"
-        except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # a text, or a column's name, that is not UTF-8
+        except (pa.ArrowException, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:  # text that is not UTF-8, a date that Python has none for
             raise UserError(f"{path}: not a readable parquet file behind record {number}: {str(error).splitlines()[0]}") from None

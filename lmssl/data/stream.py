@@ -100,7 +100,7 @@ class Stream:
 class Collator:
     """Rows -> one batch of tensors: padded to the objective's fixed lengths, labels gathered to where they are predicted.
 
-    The batch holds what `forward` takes, `segments` (which lmssl.models turns into masks), and
+    The batch holds what `forward` takes, `segments` (which lmssl.forward turns into masks), and
 
     * `labels` int64 [K]: the labelled tokens, padded with -100 to a fixed K;
     * `label_positions` int64 [K]: the flat position whose logits predict each, so that the vocabulary is projected

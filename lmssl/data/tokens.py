@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from lmssl import tokenization
-from lmssl.data import corpus
+from lmssl.data import contamination, corpus
 from lmssl.data.contamination import Grams
 from lmssl.errors import UserError, written
 from lmssl.objectives.base import Row, Vocab
@@ -149,7 +149,7 @@ def write(
         dropped = _divide(texts, held_out, tests, train, held)
         counts = {"train": train.close(), "held_out": held.close()}
         if not counts["train"]["documents"]:
-            raise _nothing_to_train_on(sources or [], counts["held_out"]["documents"])
+            raise _nothing_to_train_on(sources or [], counts["held_out"]["documents"], dropped["leaks"])
         tokenizer.save(stage / "tokenizer")
         manifest = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocabulary": tokenizer.size, "sources": sources or [], "duplicates": dropped["duplicates"], **counts}
         manifest |= {"decontaminated": dropped["leaks"]} if tests is not None else {}
@@ -220,7 +220,9 @@ def _marked(documents: Iterable[tuple[int, str]], fraction: float) -> Iterator[t
         yield waiting[1], not any_held
 
 
-def _nothing_to_train_on(sources: list[dict[str, Any]], held_back: int) -> UserError:
+def _nothing_to_train_on(sources: list[dict[str, Any]], held_back: int, leaks: int) -> UserError:
+    if leaks:
+        return UserError(f"data.decontaminate: {leaks:,} documents share 13 words in a row with the tests, and none is left to train on (smaller documents: FILE::paragraph)")
     names, why = ", ".join(s["path"] for s in sources[:3]), "the only one is held out" if held_back == 1 else f"all {held_back:,} are held out"
     way_out = f": {why} (a smaller data.held_out; a .txt file as several documents: FILE::paragraph)" if held_back else "; is the text empty?"
     return UserError(f"data.text: {names}{': ' if names else ''}no document to train on{way_out}")
@@ -257,21 +259,23 @@ def prepare(
     tests = corpus.resolve(decontaminate, "data.decontaminate") if not isinstance(decontaminate, bool) else []
     identity = [FORMAT, tokenizer.hash, [(s["sha256"], s["kind"], s["column"]) for s in described]]
     identity += [[(s.fingerprint(), s.kind, s.column) for s in held] or held_out]
-    identity += [[(s.fingerprint(), s.kind, s.column) for s in tests] or True] if decontaminate else []
+    identity += [[(s.fingerprint(), s.kind, s.column) for s in tests] or True, contamination.RULE] if decontaminate else []
     skip = on_bad_record == "skip"
     identity += ["skip"] if skip else []
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / "tokens" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"), written(f"the token set {folder}"):
-        if (folder / "manifest.json").is_file():
-            return TokenSet(folder)
-        shutil.rmtree(folder, ignore_errors=True)  # what lies in a cache without its manifest
+        if kept := _whole(folder):
+            return kept
+        for left in (folder, *folder.parent.glob(f"{key}.part-*")):  # damaged, or of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         total = sum(s.bytes for s in [*train, *held])
         with _progress(total, quiet) as bar:
             grams = None
             if decontaminate:
-                found = (text for text, _ in corpus.documents(tests or held or train, None, corpus.BadRecords(skip)))
+                # A test that cannot be read would not be looked for, which nobody would notice.
+                found = (text for text, _ in corpus.documents(tests or held or train, None, corpus.BadRecords(skip and not tests)))
                 if not (tests or held):
                     found = (text for text, is_held in _marked(((content_hash(text), text) for text in found), float(held_out)) if is_held)
                 grams = Grams(found)
@@ -281,6 +285,21 @@ def prepare(
         if bad.count:
             log.warning("%d bad records skipped, the first: %s", bad.count, bad.first[0])
         return made
+
+
+def _whole(folder: Path) -> TokenSet | None:
+    """The token set of a cache; None where there is none, or a damaged one, which can be made again."""
+    if not (folder / "manifest.json").is_file():
+        return None
+    try:
+        found = TokenSet(folder)
+        found.held_out()
+        if found.tokenizer.hash != found.manifest["tokenizer"]:
+            raise UserError(f"{folder}: its tokenizer is another")
+        return found
+    except UserError as error:
+        log.warning("%s; it is prepared again", error)
+        return None
 
 
 def _progress(total: int, quiet: bool) -> Any:

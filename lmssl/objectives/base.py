@@ -43,7 +43,8 @@ class Vocab:
         start: the id that a decoder is started with.
         sentinels: int32 [S], <extra_id_0>, <extra_id_1>, ... in the order they are used.
         special: bool [size], ids that are never masked, never predicted by noise and never drawn as replacements.
-        word_start: bool [size], the token begins a word (by the tokenizer's own mark).
+        word_start: bool [size], the token begins a word (by the tokenizer's own mark, or in a script without spaces).
+        word_end: bool [size], the token ends a word, where the tokenizer marks ends.
         sentence_end: bool [size], the token closes a sentence.
         token_bytes: int32 [size], UTF-8 bytes of text the token stands for; 0 for specials.
         ordinary: int32, the ids that are not special (derived).
@@ -58,6 +59,7 @@ class Vocab:
     sentinels: np.ndarray
     special: np.ndarray
     word_start: np.ndarray
+    word_end: np.ndarray
     sentence_end: np.ndarray
     token_bytes: np.ndarray
     ordinary: np.ndarray = field(init=False)

@@ -97,7 +97,7 @@ class MaskedTokens(SameLength):
         starts = vocab.word_start[row.ids[maskable]].copy()
         # A gap (special token, padding) or another document begins a word even where the token carries no mark.
         starts[0] = True
-        starts[1:] |= (np.diff(maskable) > 1) | (np.diff(row.segments[maskable]) != 0)
+        starts[1:] |= vocab.word_end[row.ids[maskable[:-1]]] | (np.diff(maskable) > 1) | (np.diff(row.segments[maskable]) != 0)
         begins = np.flatnonzero(starts)
         ends = np.append(begins[1:], len(maskable))
         segment = row.segments[maskable][begins]

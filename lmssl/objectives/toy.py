@@ -20,6 +20,7 @@ def vocab(size: int = 40, sentinels: int = 10, *, bos: int | None = None, every_
         sentinels=np.arange(size - 1, size - 1 - sentinels, -1, dtype=np.int32),
         special=special,
         word_start=~special if every_word else ~special & (ids % 2 == 0),
+        word_end=np.zeros_like(special),
         sentence_end=~special & (ids % 5 == 0),
         token_bytes=np.where(special, 0, 3).astype(np.int32),
     )

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lmssl.errors import UserError
+from lmssl.models import drawn
 
 
 def peft() -> Any:
@@ -31,10 +32,10 @@ def apply(model: PreTrainedModel, method: str, rank: int) -> PreTrainedModel:
     """
     if method == "full":
         return model
-    new = {id(p) for name, p in model.named_parameters() if name in getattr(model, "_lmssl_new", ())}
+    new = {id(p) for name, p in model.named_parameters() if name in drawn(model)}
     if method == "lora":
         library = peft()
-        heads = {name.rpartition(".")[0] for name in getattr(model, "_lmssl_new", ())}
+        heads = {name.rpartition(".")[0] for name in drawn(model)}
         library.inject_adapter_in_model(library.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=sorted(heads) or None), model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = id(parameter) in new or ".lora_" in name

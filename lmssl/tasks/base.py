@@ -7,10 +7,11 @@ either init, encodes, and evaluates; `lmssl.tasks.curve` does everything else, t
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -52,8 +53,17 @@ class Example:
 
 
 @dataclass(frozen=True)
-class FewLabels:
-    """What the `task` section of every task may say; a task adds its columns."""
+class Task(ABC):
+    """What a task adds to the label curve, and what the `task` section of each may say.
+
+    A task is a frozen dataclass that adds its columns as fields and fills in the abstract methods.
+    """
+
+    name: ClassVar[str]
+    column: ClassVar[str | None]
+    """The field that names the column of a lone text, for inputs without columns; None where one text is not enough."""
+    classes: ClassVar[bool]
+    """Whether labels are classes, by which subsets are stratified."""
 
     labels: list[int] = field(default_factory=lambda: [20, 100, 500])
     """Numbers of labelled examples, each a prefix of the next."""
@@ -83,6 +93,43 @@ class FewLabels:
             raise ValueError(f"validation={self.validation} must be above 0 and below 1")
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank={self.lora_rank} must be at least 1")
+
+    @property
+    @abstractmethod
+    def metric(self) -> str:
+        """Which of the scores is the `score`; in [0, 1]."""
+
+    @abstractmethod
+    def read(self, sources: list[corpus.Source]) -> list[Any]:
+        """Every labelled example of the sources; what is none is refused with file:line."""
+
+    @abstractmethod
+    def unlabelled(self, record: dict[str, Any], where: str) -> Any:
+        """An example of a record to predict, whose label is not known."""
+
+    @abstractmethod
+    def model(self, backbone: Backbone, pretrained: bool, seed: int) -> PreTrainedModel:
+        """The model with the task's head, of either init."""
+
+    @abstractmethod
+    def encode(self, backbone: Backbone, examples: Sequence[Any]) -> list[list[Item]]:
+        """The training items of each example (a long context has several)."""
+
+    @abstractmethod
+    def collator(self, backbone: Backbone, multiple: int) -> Callable[[list[Item]], dict[str, Tensor]]:
+        """Items -> tensors with `labels`; widths are multiples of `multiple`."""
+
+    @abstractmethod
+    def evaluate(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int, compiled: bool = False) -> tuple[dict[str, Any], list[str]]:
+        """(scores with the metric among them, the output for each example)."""
+
+    @abstractmethod
+    def predictions(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int) -> list[dict[str, Any]]:
+        """What `lmssl predict` writes of each example."""
+
+    @abstractmethod
+    def finish(self, backbone: Backbone, model: PreTrainedModel) -> Tokenizer:
+        """The tokenizer to save with a fine-tuned model, so that plain transformers makes the same inputs."""
 
     def fitted(self, train: Sequence[Any], test: Sequence[Any]) -> Any:
         """The task with what is left to the labelled data decided, which the test set has no part in; refused where the two do not suit it."""
@@ -147,7 +194,8 @@ class Backbone:
         if max_length and limit and max_length > limit:
             raise UserError(f"data.max_length: {max_length} tokens, but the backbone has {limit} positions")
         tokenizer = tokenization.load(source)
-        tokenizer.vocab()  # refuses one without eos
+        if tokenizer.id("eos") is None:
+            raise UserError(f"model.from: the tokenizer of {source} has no eos token; lmssl pretrain with model.from={source} adds one, and trains it")
         trained = config_of_folder(source).get("data", {}).get("seq_length")  # a continued checkpoint may have positions for more
         usual = min(limit, trained or limit) if limit else UNBOUNDED
         return cls(source, config, models.family_of(config), tokenizer, max_length or usual, tuple(classes))
@@ -179,20 +227,19 @@ class Backbone:
             renamed = self._renamed(auto)
             keys = {"config": config, **models.attention(self.length), "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
             model, info = auto.from_pretrained(self.source, output_loading_info=True, key_mapping=renamed, **keys)
-            model._weight_conversions = []  # or save_pretrained would rename them back
+            models.keep_names(model)
         except ValueError as error:
             raise UserError(f"model.from: {config.model_type} has no {auto.__name__.removeprefix('AutoModel')} head in transformers: {str(error).splitlines()[0]}") from error
         except Exception as error:  # no weights, a pickle, a broken file: a type for each library in between
-            why = f"the weights cannot be loaded: {str(error).strip().splitlines()[0]}"
+            why = f"the weights cannot be loaded: {str(error).strip().splitlines()[0]}{models.pickled(self.source)}"
             if "ignore_mismatched_sizes" in str(error):
                 why = f"its weights are of other shapes than {auto.__name__.removeprefix('AutoModel')} has here, for example of a head for other classes"
             raise UserError(f"model.from: {self.source}: {why}") from error
-        model._lmssl_new = frozenset(info["missing_keys"])
+        models.mark_drawn(model, info["missing_keys"])
         body = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
-        if body and len(model._lmssl_new.intersection(body)) > len(body) // 2:
-            raise UserError(
-                f"model.from: {self.source}: its weights do not reach {type(model).__name__}: {len(model._lmssl_new)} tensors are missing, {sorted(model._lmssl_new)[0]} ..."
-            )
+        drawn = models.drawn(model)
+        if body and len(drawn.intersection(body)) > len(body) // 2:
+            raise UserError(f"model.from: {self.source}: its weights do not reach {type(model).__name__}: {len(drawn)} tensors are missing, {min(drawn)} ...")
         return model
 
     def _renamed(self, auto: Any) -> dict[str, str] | None:
@@ -204,71 +251,6 @@ class Backbone:
         kind = type(self.config)
         names = [auto_class._model_mapping[kind].base_model_prefix for auto_class in (models.AUTO[self.family], auto) if kind in auto_class._model_mapping]
         return {rf"^{names[0]}\.": f"{names[1]}."} if len(set(names)) == 2 and all(names) else None
-
-
-class Task(Protocol):
-    """What a task adds to the label curve: a frozen dataclass, a subclass of FewLabels."""
-
-    name: ClassVar[str]
-    metric: Any
-    """Which of the scores is the `score`; in [0, 1]."""
-    column: ClassVar[str | None]
-    """The field that names the column of a lone text, for inputs without columns; None where one text is not enough."""
-    classes: ClassVar[bool]
-    """Whether labels are classes, by which subsets are stratified."""
-    labels: list[int]
-    seeds: int
-    scratch_labels: list[int]
-    learning_rates: list[float]
-    validation: float
-    method: Literal["full", "probe", "lora"]
-    lora_rank: int
-
-    def read(self, sources: list[corpus.Source]) -> list[Any]:
-        """Every labelled example of the sources; what is none is refused with file:line."""
-        ...
-
-    def fitted(self, train: Sequence[Any], test: Sequence[Any]) -> Any: ...
-
-    def check_packages(self) -> None: ...
-
-    def writes(self, backbone: Backbone) -> bool: ...
-
-    def notes(self, backbone: Backbone, examples: Sequence[Any]) -> dict[str, int]: ...
-
-    def write_outputs(self, folder: Path, name: str, examples: Sequence[Any], outputs: Sequence[str]) -> None: ...
-
-    def model(self, backbone: Backbone, pretrained: bool, seed: int) -> PreTrainedModel:
-        """The model with the task's head, of either init."""
-        ...
-
-    def encode(self, backbone: Backbone, examples: Sequence[Any]) -> list[list[Item]]:
-        """The training items of each example (a long context has several)."""
-        ...
-
-    def collator(self, backbone: Backbone, multiple: int) -> Callable[[list[Item]], dict[str, Tensor]]:
-        """Items -> tensors with `labels`; widths are multiples of `multiple`."""
-        ...
-
-    def evaluate(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int, compiled: bool = False) -> tuple[dict[str, Any], list[str]]:
-        """(scores with the metric among them, the output for each example)."""
-        ...
-
-    def scores(self, truth: Sequence[str], guesses: Sequence[str]) -> dict[str, float]:
-        """Of guessed classes, the metric among them; a task with `classes` has it."""
-        ...
-
-    def unlabelled(self, record: dict[str, Any], where: str) -> Any:
-        """An example of a record to predict, whose label is not known."""
-        ...
-
-    def predictions(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int) -> list[dict[str, Any]]:
-        """What `lmssl predict` writes of each example."""
-        ...
-
-    def finish(self, backbone: Backbone, model: PreTrainedModel) -> Tokenizer:
-        """The tokenizer to save with a fine-tuned model, so that plain transformers makes the same inputs."""
-        ...
 
 
 def has_classifier(config: Any) -> bool:

@@ -14,7 +14,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from lmssl import arguments, checkpoints
+from lmssl import arguments, checkpoints, ranks
 from lmssl.data import corpus
 from lmssl.data.stream import mix
 from lmssl.data.tokens import content_hash
 from lmssl.errors import Diverged, UserError, fitting, written
+from lmssl.models import parameters
 from lmssl.objectives.base import IGNORE
 from lmssl.objectives.cross_entropy import token_loss
 from lmssl.statistics import equivalence, summary
@@ -39,6 +40,12 @@ log = logging.getLogger("lmssl")
 
 FEWER = "--resume with a smaller trainer.per_device_eval_batch_size"
 """The way out where scoring does not fit into memory."""
+
+
+FEW_TESTS = 100
+"""Test examples below which a warning says how much one of them is worth."""
+LARGE, LARGE_RATE = 50_000_000, 2e-4
+"""Parameters from which on a learning rate of this size or more is warned of."""
 
 
 def labelled(task: Task, train: str | list[str], test: float | str | list[str]) -> tuple[list[Any], list[Any]]:
@@ -60,13 +67,24 @@ def labelled(task: Task, train: str | list[str], test: float | str | list[str]) 
 
 def counted(examples: Sequence[Any]) -> str:
     """How many examples there are, and of which classes."""
-    classes = Counter(e.label for e in examples if e.label)
-    return f"{len(examples):,} examples" + (f" ({', '.join(f'{name}: {count:,}' for name, count in sorted(classes.items())[:10])})" if classes else "")
+    counts = Counter(e.label for e in examples if e.label)
+    shown = [f"{name}: {counts[name]:,}" for name in in_order(counts)]
+    return f"{len(examples):,} examples" + (f" ({', '.join(shown[:20])}{', ...' * (len(shown) > 20)})" if shown else "")
+
+
+def in_order(classes: Iterable[str]) -> list[str]:
+    """Class names as the rows of a new head stand: whole numbers by size, so that a head's output 2 is the class 2 of the labelled data; others as text.
+
+    >>> in_order(["10", "9", "1"]), in_order(["b", "10", "9"])
+    (['1', '9', '10'], ['10', '9', 'b'])
+    """
+    names = set(classes)
+    return sorted(names, key=int) if all(name.removeprefix("-").isdecimal() for name in names) else sorted(names)
 
 
 def check(task: Task, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
     """The class names (none where the task has none); refuses counts and classes that cannot work."""
-    classes = sorted({e.label for e in train}) if task.classes else []
+    classes = in_order(e.label for e in train) if task.classes else []
     if task.classes and len(classes) < 2:
         raise UserError(f"data.train: only one class ({classes[0] if classes else 'none'}); a classifier needs two")
     if not test:
@@ -91,6 +109,10 @@ def check(task: Task, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
         places, held = split_validation(labels, task.validation)
         if unknown := {labels[i] for i in held} - {labels[i] for i in places}:
             log.warning("task.learning_rates: with %d labels learning rates are validated on %d classes that are not trained on; more labels judge better", count, len(unknown))
+    if task.classes and (untested := set(classes) - {e.label for e in test}):
+        log.warning("of %d classes %d have no test example, and no score tells of them: %s", len(classes), len(untested), ", ".join(in_order(untested)[:5]))
+    if len(test) < FEW_TESTS:
+        log.warning("data.test: %d examples, of which each is %.1f points; more tests judge better", len(test), 100 / len(test))
     for example in test:
         if task.classes and example.label not in classes:
             raise UserError(f"{example.where}: the class '{example.label}' is not in the training data ({', '.join(classes)}); leave it out, or give data.test as files")
@@ -167,6 +189,7 @@ class Curve:
     def run(self) -> dict[str, Any]:
         """Every run; {"task", "metric", "results": [{"labels", "init", "seed", "score", ...}], "summary", ...}."""
         todo, ledger = self.todo(), self.ledger
+        ranks.check_same_folder(self.out, (ledger.results, ledger.tuning, [path.name for path in sorted(self.out.glob("checkpoints/*/*"))]))
         notes = self.task.notes(self.backbone, self.test)
         if notes and not self.quiet and self.first:
             log.info("of the test examples: %s", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in notes.items()))
@@ -174,7 +197,9 @@ class Curve:
         if len(missing) < len(todo) and not self.quiet:
             log.info("%d of %d runs are finished", len(todo) - len(missing), len(todo))
         if missing:
-            self.try_out()  # before the twin has trained
+            size = parameters(self.try_out())  # before the twin has trained
+            if size >= LARGE and self.args.learning_rate >= LARGE_RATE and not self.task.learning_rates and self.first:
+                log.warning("a learning rate of %g is large for %d million parameters; 'task.learning_rates=[1e-5,3e-5,1e-4]' tries others", self.args.learning_rate, size // 10**6)
         self._started = time.time()
         self.begun = self._started - ledger.seconds
         for number, run in enumerate(missing):
@@ -195,10 +220,11 @@ class Curve:
             self._say(ledger.results[-1], len(todo), number + 1, len(missing))
         return self._metrics([found for run in todo if (found := ledger.result(**vars(run)))], notes)
 
-    def try_out(self) -> None:
+    def try_out(self) -> PreTrainedModel:
         """Refuse weights that cannot be loaded, a method that finds nothing to train, examples that cannot be encoded: nothing is trained or written."""
-        adapters.apply(self.task.model(self.backbone, True, 0), self.task.method, self.task.lora_rank)
+        model = adapters.apply(self.task.model(self.backbone, True, 0), self.task.method, self.task.lora_rank)
         self._few(0)
+        return model
 
     def is_told_by(self, metrics: dict[str, Any] | None) -> bool:
         """Whether metrics.json holds the result of every run and of no other."""

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lmssl import models
+from lmssl import forward, models
 from lmssl.errors import UserError
 from lmssl.objectives.base import IGNORE
 from lmssl.tasks.base import Backbone, Item, by_length, inputs_of, padded
@@ -41,13 +41,13 @@ def model(backbone: Backbone, pretrained: bool, seed: int, beams: int, longest: 
     else:
         made = backbone.build(models.AUTO[backbone.family], pretrained, seed)
     made.generation_config = generation_config(backbone, made, beams, longest)
-    return models.prepare(made)
+    return forward.prepare(made)
 
 
 def generation_config(backbone: Backbone, made: PreTrainedModel, beams: int, longest: int | None = None) -> GenerationConfig:
     """Beam search with the tokenizer's special ids; saved with the model. At most `longest` tokens, and no more than the positions leave."""
     vocab = backbone.tokenizer.vocab()
-    start = None if backbone.family == "decoder" else made.config.decoder_start_token_id
+    start = None if backbone.family == "decoder" else models.decoder_start(made.config)
     most = backbone.length // 2 if start is None else backbone.length - 1
     return GenerationConfig(
         num_beams=beams, do_sample=False, early_stopping=beams > 1, max_new_tokens=min(longest or most, most),
@@ -64,7 +64,7 @@ def _warm_started(backbone: Backbone, pretrained: bool, seed: int) -> PreTrained
     else:
         torch.manual_seed(seed + 1)
         decoder = AutoModelForCausalLM.from_config(config, **models.attention(backbone.length)).float()
-        decoder._lmssl_new = frozenset(name for name, _ in decoder.named_parameters())
+        models.mark_drawn(decoder, (name for name, _ in decoder.named_parameters()))
         with torch.no_grad():
             ours, theirs = decoder.get_input_embeddings().weight, encoder.get_input_embeddings().weight
             if ours.shape == theirs.shape:  # ALBERT's are narrower than its layers
@@ -74,7 +74,7 @@ def _warm_started(backbone: Backbone, pretrained: bool, seed: int) -> PreTrained
     joint.decoder_start_token_id, joint.pad_token_id, joint.eos_token_id = vocab.start, backbone.pad, vocab.eos
     joint.vocab_size, joint.tie_word_embeddings = config.vocab_size, False
     made = EncoderDecoderModel(config=joint, encoder=encoder, decoder=decoder)
-    made._lmssl_new = frozenset(f"{part}.{name}" for part in ("encoder", "decoder") for name in getattr(getattr(made, part), "_lmssl_new", ()))
+    models.mark_drawn(made, (f"{part}.{name}" for part in ("encoder", "decoder") for name in models.drawn(getattr(made, part))))
     return made
 
 
@@ -144,8 +144,7 @@ def collator(backbone: Backbone, multiple: int) -> Callable[[list[Item]], dict[s
 
 
 def _start(backbone: Backbone) -> int:
-    fixed = getattr(backbone.config, "decoder_start_token_id", None) if backbone.family == "encoder-decoder" else None
-    return backbone.tokenizer.vocab(fixed).start
+    return backbone.tokenizer.vocab(models.decoder_start(backbone.config)).start
 
 
 @torch.no_grad()

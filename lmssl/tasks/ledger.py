@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmssl import arguments, checkpoints, output
+from lmssl import checkpoints, output
 from lmssl.errors import UserError, written
+from lmssl.ranks import processes
 from lmssl.tasks.base import Backbone, Task
 
 NAME = "progress.json"
@@ -30,8 +31,10 @@ def identity_of(task: Task, backbone: Backbone, train: Sequence[Any], test: Sequ
     """What every run of a curve depends on, flat, under the names that a recipe has for it."""
     fields = {f"task.{k}": v for k, v in dataclasses.asdict(task).items() if k not in COUNTS and (k, v) not in UNSAID}  # type: ignore[call-overload]
     fields |= {f"trainer.{k}": v for k, v in values.items() if not k.startswith(FREE) and (k, v) not in UNSAID}
-    if (processes := arguments.processes()) > 1:  # each step takes as many times the examples of one
-        fields["processes"] = processes
+    if (count := processes()) > 1:  # each step takes as many times the examples of one
+        fields["processes"] = count
+    if list(backbone.classes) != sorted(backbone.classes):  # as earlier versions had them
+        fields["classes"] = ", ".join(backbone.classes)
     fields |= {"data.train": _content(train), "data.test": _content(test), "data.max_length": backbone.length}
     return output.plain({"task": task.name, "model.from": _weights(backbone), **fields, "threads": threads, "inputs": INPUTS + bool(task.learning_rates)})
 

@@ -26,7 +26,7 @@ from lmssl import output
 from lmssl.data import corpus
 from lmssl.errors import UserError
 from lmssl.tasks import generation, squad
-from lmssl.tasks.base import Backbone, Example, FewLabels, Item, by_length, inputs_of, padded
+from lmssl.tasks.base import Backbone, Example, Item, Task, by_length, inputs_of, padded
 from lmssl.tasks.squad import Span, Window
 from lmssl.tokenization import Tokenizer
 
@@ -50,7 +50,7 @@ class Question(Example):
 
 
 @dataclass(frozen=True)
-class QuestionAnswering(FewLabels):
+class QuestionAnswering(Task):
     """The task section of a question-answering recipe; `labels` counts questions."""
 
     question: str = "question"
@@ -79,7 +79,7 @@ class QuestionAnswering(FewLabels):
     """Written answers: beams of the search."""
 
     name: ClassVar[str] = "qa"
-    metric: ClassVar[str] = "f1"
+    metric = "f1"
     column: ClassVar[str | None] = None
     classes: ClassVar[bool] = False
 

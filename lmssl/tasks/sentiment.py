@@ -28,7 +28,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from lmssl import models
 from lmssl.data import corpus
 from lmssl.errors import UserError
-from lmssl.tasks.base import Backbone, Example, FewLabels, Item, by_length, has_classifier, inputs_of
+from lmssl.tasks.base import Backbone, Example, Item, Task, by_length, has_classifier, inputs_of
 from lmssl.tokenization import Tokenizer
 
 log = logging.getLogger("lmssl")
@@ -49,7 +49,7 @@ class Labelled(Example):
 
 
 @dataclass(frozen=True)
-class Sentiment(FewLabels):
+class Sentiment(Task):
     """The task section of a classification recipe.
 
     A text longer than the model reads keeps its beginning or its end (`keep`): reviews conclude at the end. Of a pair
@@ -131,15 +131,15 @@ class Sentiment(FewLabels):
         if self.answers:
             if backbone.family != "decoder" or not isinstance(getattr(model, "score", None), torch.nn.Linear):
                 raise UserError(f"task.answers: the head of {type(model).__name__} is not a projection of the state that predicts the next token; leave answers out")
-            if not pretrained or any(name.startswith("score.") for name in model._lmssl_new):  # else it is trained: of a fine-tuned checkpoint
+            if not pretrained or any(name.startswith("score.") for name in models.drawn(model)):  # else it is trained: of a fine-tuned checkpoint
                 model.score.weight.data.copy_(self._rows(backbone, pretrained, seed))
         return model
 
     def _rows(self, backbone: Backbone, pretrained: bool, seed: int) -> Tensor:
         """[classes, width]: the rows by which the language model predicts the first tokens of each class's answers, their mean."""
         writer = backbone.build(models.AUTO["decoder"], pretrained, seed)
-        if pretrained and writer._lmssl_new:
-            raise UserError(f"task.answers: {backbone.source} has no vocabulary projection ({sorted(writer._lmssl_new)[0]} is missing); leave answers out")
+        if pretrained and (drawn := models.drawn(writer)):
+            raise UserError(f"task.answers: {backbone.source} has no vocabulary projection ({min(drawn)} is missing); leave answers out")
         weight = writer.get_output_embeddings().weight.detach()
         first = [[self._first(backbone, answer) for answer in self.answers[c]] for c in backbone.classes]
         if len({tuple(sorted(some)) for some in first}) < len(first):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lmssl.data import corpus
 from lmssl.errors import UserError
 from lmssl.tasks import generation
-from lmssl.tasks.base import Backbone, Example, FewLabels, Item
+from lmssl.tasks.base import Backbone, Example, Item, Task
 from lmssl.tokenization import Tokenizer
 
 
@@ -37,7 +37,7 @@ class Pair(Example):
 
 
 @dataclass(frozen=True)
-class Translation(FewLabels):
+class Translation(Task):
     """The task section of a translation recipe; `labels` counts pairs."""
 
     source: str = "source"
@@ -52,7 +52,7 @@ class Translation(FewLabels):
     """Tokens that are written at most; unset: half of a decoder's length, another model's whole length."""
 
     name: ClassVar[str] = "translation"
-    metric: ClassVar[str] = "bleu"
+    metric = "bleu"
     column: ClassVar[str | None] = "source"
     classes: ClassVar[bool] = False
 

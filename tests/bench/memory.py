@@ -32,7 +32,7 @@ def train(side: str, kind: str, size: int, folder: Path) -> dict[str, int]:
     import torch
     import transformers
 
-    from lmssl import arguments, models
+    from lmssl import arguments, machine, models
     from lmssl.data.tokens import TokenSet
     from lmssl.pretraining import PretrainTrainer
 
@@ -53,7 +53,7 @@ def train(side: str, kind: str, size: int, folder: Path) -> dict[str, int]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
         collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=kind == "masked", mlm_probability=0.15)
         transformers.Trainer(model, args, collator, rows).train()
-    return {"before": before, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {"before": before, "peak": machine.most_memory()}
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def warm() -> None:
     """Import what children need; start no thread and compute nothing."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for name in ("torch._dynamo", "datasets", "lmssl.recipe", "lmssl.pretraining", *(f"transformers.models.{name}.modeling_{name}" for name in KINDS.values())):
+    for name in ("torch._dynamo", "datasets", "lmssl.runs", "lmssl.pretraining", *(f"transformers.models.{name}.modeling_{name}" for name in KINDS.values())):
         import_module(name)
 
 

@@ -35,16 +35,20 @@ def trainer_class():
     return ExactTrainer
 
 
-def recipe_module():
-    import lmssl.recipe
+def runs_module():
+    import lmssl.runs
 
-    return lmssl.recipe
+    return lmssl.runs
 
 
 def writer_class():
     from lmssl.data import tokens
 
     return tokens._Writer
+
+
+REACHED = {"checkpoint": (trainer_class, "_save_checkpoint"), "final model": (runs_module, "_finish"), "preparation": (writer_class, "__init__")}
+"""What writes in each case: where it lives, and its name there."""
 
 
 def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
@@ -61,12 +65,12 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
             import os
 
             os.environ["LMSSL_CACHE"] = str(fresh(folder / f"cache-{number}"))
-            work = limited(2048, writer_class, "__init__", 1, command("prepare", path))
+            work = limited(2048, *REACHED[case], 1, command("prepare", path))
         elif case == "final model":
             size = draw.randint(LOWEST, (whole / "model.safetensors").stat().st_size - 1)
-            work = limited(size, recipe_module, "_finish", 1, command("pretrain", path))
+            work = limited(size, *REACHED[case], 1, command("pretrain", path))
         else:
-            work = limited(size, trainer_class, "_save_checkpoint", draw.randint(2, 4), command("pretrain", path))
+            work = limited(size, *REACHED[case], draw.randint(2, 4), command("pretrain", path))
         child = Child(work, folder)
         code = child.wait()
         errors = [line for line in child.text().splitlines() if line.startswith("lmssl: error")]

@@ -51,8 +51,7 @@ def backbones(folder: Path) -> None:
 
     tokens = tokens_of(folder)
     for family, architecture in FAMILIES.items():
-        helpers.small_model(architecture, tokens.vocab()).save_pretrained(folder / family)
-        tokens.tokenizer.save(folder / family)
+        helpers.saved_backbone(architecture, tokens, folder / family)
     rows = {"sentiment": [], "translation": [], "qa": []}
     for n, text in enumerate(sentences(40)):
         words = text.split()
