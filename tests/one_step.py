@@ -42,7 +42,7 @@ def main(shared: str, architectures: str, out: str, micro: str) -> None:
         assert trainer.args.world_size == world
         assert (trainer.head is None) == (name == "bart")  # the loss projects, however many ranks there are
         steps[name] = first_step(trainer)
-    for family in SENTIMENT:
+    for family in (family for family, name in SENTIMENT.items() if name in architectures.split(",")):
         steps[f"sentiment {family}"] = sentiment_step(int(micro), Path(shared) / family)
     ranks.check_same_folder(folder, "the same")
     try:
