@@ -49,7 +49,7 @@ def has_all_letters() -> bool:
     return (sys.stdout.encoding or "utf-8").lower() in ("utf-8", "utf8")
 
 
-def environment(device: Any = "cpu") -> dict[str, Any]:
+def environment(device: Any) -> dict[str, Any]:
     """What was measured on what machine. `device`: of the run."""
     import torch
     import transformers

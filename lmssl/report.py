@@ -138,7 +138,8 @@ FEW_TESTS = 100
 def verdict(metrics: dict[str, Any]) -> str:
     """What pretraining bought, in a sentence, negative results included; and another where the backbone was continued from somebody's checkpoint."""
     before, tests = metrics.get("continued_from"), metrics.get("test_examples", FEW_TESTS)
-    few = f" Of {tests} test examples each is {100 / tests:.1f} points, which no interval over seeds counts." if tests < FEW_TESTS else ""
+    worth = f": each is {100 / tests:.1f} points" if metrics["metric"] in statistics.MEANS else ""
+    few = f" {tests} test examples are few{worth}, and no interval over seeds counts them." if tests < FEW_TESTS else ""
     return _verdict(metrics) + few + (f" The other model has random weights, so this counts what {before} brought." if before else "")
 
 

@@ -12,6 +12,9 @@ INITS = ("scratch", "pretrained")
 Result = dict[str, Any]
 """{"labels", "init", "seed", "score", ...} of one run."""
 
+MEANS = ("accuracy", "f1")
+"""Metrics that are means over the examples, of which each is worth as much as another: neither macro-F1 nor BLEU."""
+
 
 def table_of(results: Sequence[Result], init: str) -> dict[int, dict[int, float]]:
     """score[labels][seed] of one init, label counts ascending."""

@@ -10,9 +10,10 @@ def machine() -> str:
     import torch
     import transformers
 
+    from lmssl import machine as hardware
     from lmssl import output
 
-    found = output.environment()
+    found = output.environment(hardware.device())
     return f"{date.today()}, {found['device']}, Python {found['python']}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 

@@ -234,10 +234,16 @@ def test_what_is_wrong_with_a_whole_file_is_never_skipped(tmp_path, name):
 
 def test_a_bad_text_that_is_one_record_is_skipped_too(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\ntwo\n")
-    (tmp_path / "b.txt").write_bytes(b"three\nf\xffour\n")
+    (tmp_path / "b.txt").write_bytes(b"three\nf\xffour\nf\xffive\ns\rix\n")
     bad = corpus.BadRecords(skip=True)
     assert [text for text, _ in corpus.documents(corpus.resolve(f"{tmp_path}/*.txt::file"), None, bad)] == ["one\ntwo"]
     assert bad.count == 1
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(UserError, match=r"1 bad records, and no other document to train on: .*b.txt:2: not UTF-8"):
+        tokens.prepare(f"{tmp_path}/*.txt::file", tokenizer(), 0.1, on_bad_record="skip")
+    (tmp_path / "c.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="none of its 1 records can be read"):
+        list(corpus.documents(corpus.resolve(f"{tmp_path}/c.jsonl::file"), None, bad))
 
 
 def test_skipped_records_stand_in_the_manifest(tmp_path, caplog):

@@ -268,5 +268,5 @@ def test_whole_numbers_are_the_rows_of_the_head(caplog):
     assert not caplog.text
     assert curve.check(task, examples, examples[:10]) == [str(n) for n in range(12)]
     assert "of 12 classes 2 have no test example, and no score tells of them: 10, 11" in caplog.text
-    assert "data.test: 10 examples, of which each is 10.0 points" in caplog.text
+    assert "data.test: 10 examples are few to judge by: each is 10.0 points" in caplog.text
     assert curve.counted(examples).startswith("240 examples (0: 20, 1: 20, 2: 20")

@@ -215,6 +215,12 @@ def test_a_text_that_took_another_s_place_is_no_proof_of_a_clean_test(corpus_fil
     text.write_text(corpus_file.read_text())
     pretrain(recipe_of(text, tmp_path / "run", save_strategy="steps", save_steps=2), quiet=True)
     assert leak_check(str(tmp_path / "run"), [Example("a", "", "")])["checked"]
+    told = (tmp_path / "run" / "metrics.json").read_text()
+    facts = json.loads(told)
+    facts["data"]["tokens"] += 50  # what an older rule of `decontaminate` had left in
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(facts))
+    assert "has changed since" in leak_check(str(tmp_path / "run"), [Example("a", "", "")])["reason"]
+    (tmp_path / "run" / "metrics.json").write_text(told)
     text.write_text("".join(corpus_file.read_text().splitlines(True)[:-1]))
     longer = recipe_of(text, tmp_path / "run", max_steps=6, save_strategy="steps", save_steps=2)
     with pytest.raises(UserError, match="--accept data --accept tokens goes on all the same"):

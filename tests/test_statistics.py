@@ -70,7 +70,8 @@ def test_the_verdict_and_the_table_say_which_is_which():
 
     gained, lost = metrics([0.5, 0.6], [0.65, 0.75]), metrics([0.65, 0.75], [0.5, 0.6])
     assert report.verdict(gained).startswith("Pretraining changes sentiment accuracy by +15.0 points")
-    assert "test examples each is" not in report.verdict(gained | {"test_examples": 100})
-    assert report.verdict(gained | {"test_examples": 12}).endswith("Of 12 test examples each is 8.3 points, which no interval over seeds counts.")
+    assert "are few" not in report.verdict(gained | {"test_examples": 100})
+    assert report.verdict(gained | {"test_examples": 12}).endswith("12 test examples are few: each is 8.3 points, and no interval over seeds counts them.")
+    assert report.verdict(gained | {"test_examples": 12, "metric": "bleu"}).endswith("12 test examples are few, and no interval over seeds counts them.")
     assert report.verdict(lost).startswith("No gain shown: pretraining changes sentiment accuracy by -15.0 points")
     assert report.label_rows(gained)[:2] == [["labels", "scratch", "pretrained", "gain"], ["10", "55.0 ± 7.1", "70.0 ± 7.1", "+15.0 [+15.0, +15.0]"]]

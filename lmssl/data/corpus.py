@@ -169,7 +169,7 @@ def documents(sources: Iterable[Source], on_bytes: Callable[[int], None] | None 
             good += 1
             if value.strip():
                 yield value, where
-        if bad.count > before and not good and source.column != "file":
+        if bad.count > before and not good and (source.kind, source.column) != ("txt", "file"):
             # A misspelt column or the wrong file is no bad record. (A text that is one record may well be bad.)
             raise UserError(f"{source.path}: none of its {bad.count - before} records can be read, so none is skipped; {bad.first[-1]}")
 

@@ -48,6 +48,23 @@ class BadRecords:
             self.first.append(str(error))
 
 
+class _Once(BadRecords):
+    """Of a document of several lines the first fault counts, and no other.
+
+    Args:
+        bad: what counts.
+        spoilt: whether the document has had a fault already.
+    """
+
+    def __init__(self, bad: BadRecords, spoilt: Callable[[], bool]):
+        super().__init__(bad.skip)
+        self._bad, self._spoilt = bad, spoilt
+
+    def __call__(self, error: UserError) -> None:
+        if not self._spoilt():
+            self._bad(error)
+
+
 def type_in_words(value: Any) -> str:
     """What a value is that should have been text, or an object."""
     return {type(None): "nothing (null)", list: "a list", dict: "an object", bool: "true or false", str: "text"}.get(type(value), f"a number ({value!r})")
@@ -159,6 +176,8 @@ def txt(stream: IO[bytes], path: str, unit: str, bad: BadRecords) -> Iterator[Re
     held: list[str] = []
     begin = size = 0
     spoilt = False  # a bad line spoils the document that it stands in
+    if unit != "line":
+        bad = _Once(bad, lambda: spoilt)
     for number, line in _lines(stream, path, bad):
         wrong = "\0" in line
         if "\r" in line and not wrong:

@@ -149,7 +149,7 @@ def write(
         dropped = _divide(texts, held_out, tests, train, held)
         counts = {"train": train.close(), "held_out": held.close()}
         if not counts["train"]["documents"]:
-            raise _nothing_to_train_on(sources or [], counts["held_out"]["documents"], dropped["leaks"])
+            raise _nothing_to_train_on(sources or [], counts["held_out"]["documents"], dropped["leaks"], bad)
         tokenizer.save(stage / "tokenizer")
         manifest = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocabulary": tokenizer.size, "sources": sources or [], "duplicates": dropped["duplicates"], **counts}
         manifest |= {"decontaminated": dropped["leaks"]} if tests is not None else {}
@@ -220,7 +220,9 @@ def _marked(documents: Iterable[tuple[int, str]], fraction: float) -> Iterator[t
         yield waiting[1], not any_held
 
 
-def _nothing_to_train_on(sources: list[dict[str, Any]], held_back: int, leaks: int) -> UserError:
+def _nothing_to_train_on(sources: list[dict[str, Any]], held_back: int, leaks: int, bad: corpus.BadRecords | None) -> UserError:
+    if bad and bad.count:
+        return UserError(f"data.text: {bad.count:,} bad records, and no other document to train on: {bad.first[0]}")
     if leaks:
         return UserError(f"data.decontaminate: {leaks:,} documents share 13 words in a row with the tests, and none is left to train on (smaller documents: FILE::paragraph)")
     names, why = ", ".join(s["path"] for s in sources[:3]), "the only one is held out" if held_back == 1 else f"all {held_back:,} are held out"

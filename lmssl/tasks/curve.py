@@ -30,7 +30,7 @@ from lmssl.errors import Diverged, UserError, fitting, written
 from lmssl.models import parameters
 from lmssl.objectives.base import IGNORE
 from lmssl.objectives.cross_entropy import token_loss
-from lmssl.statistics import equivalence, summary
+from lmssl.statistics import MEANS, equivalence, summary
 from lmssl.tasks import adapters, baseline
 from lmssl.tasks.base import Backbone, Few, Item, Task, batched, has_classifier, nested, split_test, split_validation, steps_for
 from lmssl.tasks.ledger import Ledger, identity_of
@@ -43,7 +43,7 @@ FEWER = "--resume with a smaller trainer.per_device_eval_batch_size"
 
 
 FEW_TESTS = 100
-"""Test examples below which a warning says how much one of them is worth."""
+"""Test examples below which a warning says so."""
 LARGE, LARGE_RATE = 50_000_000, 2e-4
 """Parameters from which on a learning rate of this size or more is warned of."""
 
@@ -73,13 +73,13 @@ def counted(examples: Sequence[Any]) -> str:
 
 
 def in_order(classes: Iterable[str]) -> list[str]:
-    """Class names as the rows of a new head stand: whole numbers by size, so that a head's output 2 is the class 2 of the labelled data; others as text.
+    """Class names as the rows of a new head stand: whole numbers by size, so that of the classes 0, 1, 2, ... output 2 is class 2; others as text.
 
-    >>> in_order(["10", "9", "1"]), in_order(["b", "10", "9"])
-    (['1', '9', '10'], ['10', '9', 'b'])
+    >>> in_order(["10", "9", "1"]), in_order(["b", "10", "9"]), in_order(["1", "01"])
+    (['1', '9', '10'], ['10', '9', 'b'], ['01', '1'])
     """
     names = set(classes)
-    return sorted(names, key=int) if all(name.removeprefix("-").isdecimal() for name in names) else sorted(names)
+    return sorted(names, key=lambda name: (int(name), name)) if all(name.removeprefix("-").isdecimal() for name in names) else sorted(names)
 
 
 def check(task: Task, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
@@ -112,7 +112,7 @@ def check(task: Task, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
     if task.classes and (untested := set(classes) - {e.label for e in test}):
         log.warning("of %d classes %d have no test example, and no score tells of them: %s", len(classes), len(untested), ", ".join(in_order(untested)[:5]))
     if len(test) < FEW_TESTS:
-        log.warning("data.test: %d examples, of which each is %.1f points; more tests judge better", len(test), 100 / len(test))
+        log.warning("data.test: %d examples are few to judge by%s", len(test), f": each is {100 / len(test):.1f} points" if task.metric in MEANS else "")
     for example in test:
         if task.classes and example.label not in classes:
             raise UserError(f"{example.where}: the class '{example.label}' is not in the training data ({', '.join(classes)}); leave it out, or give data.test as files")
