@@ -203,22 +203,26 @@ class Curve:
         self._started = time.time()
         self.begun = self._started - ledger.seconds
         for number, run in enumerate(missing):
-            rate = self._rate(run)
-            model, steps = self._trained(run, self._few(run.seed), rate)
-            scores = self._scored(model, run)
-            result = {**vars(run), "steps": steps, "learning_rate": rate, "score": scores[self.task.metric], **scores}
-            if (run.seed, run.labels, run.init) == (0, max(self.task.labels), "pretrained"):
-                self.saved = True
-                if self.first:
-                    self._save(model)
-                for other in ledger.results:
-                    other.pop("saved", None)
-                result["saved"] = True
-            ledger.results.append(result)
-            ledger.save(self._seconds())
-            self._forget(run, rate)
-            self._say(ledger.results[-1], len(todo), number + 1, len(missing))
+            self._say(self._result(run), len(todo), number + 1, len(missing))
         return self._metrics([found for run in todo if (found := ledger.result(**vars(run)))], notes)
+
+    def _result(self, run: Run) -> dict[str, Any]:
+        """The result of a run, trained, scored and in the ledger."""
+        rate, ledger = self._rate(run), self.ledger
+        model, steps = self._trained(run, self._few(run.seed), rate)
+        scores = self._scored(model, run)
+        result = {**vars(run), "steps": steps, "learning_rate": rate, "score": scores[self.task.metric], **scores}
+        if (run.seed, run.labels, run.init) == (0, max(self.task.labels), "pretrained"):
+            self.saved = True
+            if self.first:
+                self._save(model)
+            for other in ledger.results:
+                other.pop("saved", None)
+            result["saved"] = True
+        ledger.results.append(result)
+        ledger.save(self._seconds())
+        self._forget(run, rate)
+        return result
 
     def try_out(self) -> PreTrainedModel:
         """Refuse weights that cannot be loaded, a method that finds nothing to train, examples that cannot be encoded: nothing is trained or written."""
