@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))  # accelerate/ holds hardware
 PRETRAIN = [p for p in RECIPES if p.parent.name == "pretrain"]
 QUICKSTART = ROOT / "recipes" / "pretrain" / "quickstart.yaml"
+FINETUNE_QUICKSTART = ROOT / "recipes" / "finetune" / "quickstart.yaml"
 FINETUNE = [p for p in RECIPES if p.parent.name == "finetune"]
 
 
@@ -150,12 +151,25 @@ def test_overrides_may_stand_behind_options(corpus_file, tmp_path):
 @pytest.mark.parametrize("launcher", [["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]], ids=["torchrun"])
 def test_two_processes_by_the_command_line(launcher, corpus_file, tmp_path):
     overrides = [f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.use_cpu=true"]
-    command = [sys.executable, "-m", launcher[0], *launcher[1:], "-m", "lmssl", "pretrain", str(QUICKSTART), *overrides, f"trainer.output_dir={tmp_path / 'two'}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    command = [sys.executable, "-m", launcher[0], *launcher[1:], "-m", "lmssl"]
+
+    def launched(*args):
+        done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads((tmp_path / "two" / ("curve" if args[0] == "finetune" else "") / "metrics.json").read_text())
+
+    metrics = launched("pretrain", QUICKSTART, *overrides, f"trainer.output_dir={tmp_path / 'two'}")
     assert metrics["environment"]["processes"] == 2
     assert metrics["tokens"] == 2 * 2 * 2 * 32
+    tuning = [f"model.from={tmp_path / 'two'}", f"data.train={corpus_file}", "data.test=20", "task.labels=[8]", "task.seeds=1"]
+    tuning += ["trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.use_cpu=true", f"trainer.output_dir={tmp_path / 'two' / 'curve'}"]
+    first = launched("finetune", FINETUNE_QUICKSTART, *tuning)
+    assert len(first["results"]) == 2
+    (tmp_path / "two" / "curve" / "checkpoints" / "8-scratch-0" / "checkpoint-1").mkdir(parents=True)  # of a run that was interrupted
+    again = launched("finetune", FINETUNE_QUICKSTART, "--overwrite", *tuning)
+    assert [r["score"] for r in again["results"]] == [r["score"] for r in first["results"]]
+    (tmp_path / "two" / "curve" / "metrics.json").unlink()
+    assert launched("finetune", FINETUNE_QUICKSTART, "--resume", *tuning)["results"] == again["results"]
 
 
 def test_accelerate_launch(corpus_file, tmp_path):
