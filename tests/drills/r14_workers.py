@@ -14,7 +14,7 @@ from tests.drills.common import Child, Drill, Tally, same, tokens_of, trainer
 KINDS = {
     "raise": r"the data of step \d+ cannot be made: ZeroDivisionError.*r14_workers",
     "exit": r"the data of step \d+ cannot be made: .*worker.*exited unexpectedly",
-    "kill": r"the data of step \d+ cannot be made: .*worker.*killed by signal",
+    "kill": r"the data of step \d+ cannot be made: .*worker.*(killed by signal|exited unexpectedly)",  # torch says either, whichever of its two looks comes first
     "hang": r"the data of step \d+ cannot be made: .*timed out.*a data worker hangs \(trainer.worker_timeout",
 }
 STEPS, TIMEOUT = 12, 3
