@@ -94,7 +94,7 @@ class PretrainRecipe:
         tokenizer = tokenization.load(source)
         if self.data.tokenizer and self.continued:
             _check_same_ids(tokenizer, self.continued)
-        missing = ["eos"] * ("eos" not in tokenizer.roles) + tokenizer.lacks(make(self.objective))
+        missing = tokenizer.lacks(make(self.objective))
         if self.continued and missing:
             added = tokenizer.complete(sentinels="sentinels" in missing)
             log.info("data.tokenizer: %s lacked special tokens; added %d: %s ...", source, len(added), ", ".join(added[:3]))

@@ -131,15 +131,10 @@ def _finetuned(folder: Path, metrics: dict[str, Any], figure: Callable[..., str]
     return f"<h2>{html.escape(metrics['task'].capitalize())} on few labels: {html.escape(str(folder))}</h2>{table}{plot}{_facts(facts)}"
 
 
-FEW_TESTS = 100
-"""Test examples below which the verdict says how much one of them is worth."""
-
-
 def verdict(metrics: dict[str, Any]) -> str:
     """What pretraining bought, in a sentence, negative results included; and another where the backbone was continued from somebody's checkpoint."""
-    before, tests = metrics.get("continued_from"), metrics.get("test_examples", FEW_TESTS)
-    worth = f": each is {100 / tests:.1f} points" if metrics["metric"] in statistics.MEANS else ""
-    few = f" {tests} test examples are few{worth}, and no interval over seeds counts them." if tests < FEW_TESTS else ""
+    before, tests = metrics.get("continued_from"), metrics.get("test_examples", statistics.FEW_TESTS)
+    few = f" {tests} test examples are few{statistics.worth(tests, metrics['metric'])}, and no interval over seeds counts them." if tests < statistics.FEW_TESTS else ""
     return _verdict(metrics) + few + (f" The other model has random weights, so this counts what {before} brought." if before else "")
 
 

@@ -16,7 +16,6 @@ from lmssl.errors import UserError, written
 from lmssl.history import leak_check
 from lmssl.objectives import fields_of, make
 from lmssl.objectives.base import Objective
-from lmssl.ranks import first_process
 from lmssl.recipe import PRETRAIN, FinetuneRecipe, PretrainRecipe, prepared
 from lmssl.tokenization import Tokenizer
 
@@ -43,25 +42,26 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     objective, tokenizer = check(recipe, resume)
     values = arguments.resolve(recipe.trainer, arguments.pretrain_defaults(recipe.continued is not None))
     args = arguments.build(values)  # refuses before any text is read
-    out, first = Path(args.output_dir), first_process()
+    out, first = Path(args.output_dir), ranks.first_process()
     _check_kind(out, "objective", overwrite)
+    before = (output.read_json(out / "metrics.json") or {}) if resume else {}
     if resume:
         values |= (chosen := probe.recorded(out / "recipe.yaml", recipe.trainer, PRETRAIN))
-        ranks.check_same_folder(out, (chosen, (output.read_json(out / "metrics.json") or {}).get("steps")))
+        ranks.check_same_folder(out, (chosen, before.get("steps")))
     else:
         _check_free(out, _leavings(out), recipe.continued, overwrite or not first)
-    if finished := _finished(out, values.get("max_steps"), resume):
-        return finished
+    if _finished(out, before, values.get("max_steps")):
+        return before
     _folder(out)
     trainer, values = assemble(recipe, objective, tokenizer, values, quiet)
-    if finished := _finished(out, trainer.args.max_steps, resume):  # of num_train_epochs
-        return finished
+    if _finished(out, before, trainer.args.max_steps):  # of num_train_epochs
+        return before
     if first and not resume:  # by now nothing more is to be refused that could have been
         _remove([*_leavings(out), *out.glob("damaged-checkpoint-*")])
     point = trainer.resume_point(accept) if resume else None
-    if resume and point is None and (done := output.read_json(out / "metrics.json") or {}).get("steps"):
+    if resume and point is None and before.get("steps"):
         way_out = f"model: {{from: {out}}} in place of the architecture continues it in another folder, --overwrite begins anew"
-        raise UserError(f"--resume: {out} is finished at step {done['steps']}, and its checkpoints are gone; {way_out}")
+        raise UserError(f"--resume: {out} is finished at step {before['steps']}, and its checkpoints are gone; {way_out}")
     if point is None and models.init_of(recipe.model) == "text":
         beginnings.begin_from_text(trainer.model, trainer.train_dataset.tokens, trainer.args.seed)
     resolved = {"data": dataclasses.asdict(recipe.data), "model": recipe.model, "objective": fields_of(objective), "trainer": values}
@@ -99,7 +99,7 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
 
     values = arguments.resolve(recipe.trainer, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
     out = Path(values["output_dir"])
-    first = first_process()
+    first = ranks.first_process()
     present = _leavings(out, ledger.NAME, "checkpoints", "predictions")
     _check_kind(out, "task", overwrite)
     _check_free(out, present, recipe.source, resume or overwrite)
@@ -278,13 +278,12 @@ def _remove(paths: list[Path]) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _finished(out: Path, steps: int | None, resume: bool) -> dict[str, Any] | None:
-    """What metrics.json says of a run that has all its steps."""
-    done = output.read_json(out / "metrics.json") if resume else None
-    if not done or not steps or done.get("steps", 0) < steps:
-        return None
-    log.info("%s is finished at step %d; nothing to do", out, done["steps"])
-    return done
+def _finished(out: Path, before: dict[str, Any], steps: int | None) -> bool:
+    """Whether the run that left its metrics has all its steps."""
+    if not before or not steps or before.get("steps", 0) < steps:
+        return False
+    log.info("%s is finished at step %d; nothing to do", out, before["steps"])
+    return True
 
 
 def _folder(out: Path) -> None:

@@ -14,6 +14,17 @@ Result = dict[str, Any]
 
 MEANS = ("accuracy", "f1")
 """Metrics that are means over the examples, of which each is worth as much as another: neither macro-F1 nor BLEU."""
+FEW_TESTS = 100
+"""Test examples below which a result says that they are few."""
+
+
+def worth(tests: int, metric: str) -> str:
+    """What one of so many test examples is worth, as the end of a sentence.
+
+    >>> worth(10, "accuracy"), worth(10, "bleu")
+    (': each is 10.0 points', '')
+    """
+    return f": each is {100 / tests:.1f} points" if metric in MEANS else ""
 
 
 def table_of(results: Sequence[Result], init: str) -> dict[int, dict[int, float]]:

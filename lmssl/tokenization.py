@@ -145,13 +145,12 @@ class Tokenizer:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def lacks(self, objective: Objective) -> list[str]:
-        """What an objective needs and the tokenizer has not, of "mask" and "sentinels"."""
-        return [need for need in sorted(objective.needs) if not (self.sentinels if need == "sentinels" else need in self.roles)]
+        """What an objective needs and the tokenizer has not, of "eos" (which all need), "mask" and "sentinels"."""
+        return [need for need in ("eos", *sorted(objective.needs)) if not (self.sentinels if need == "sentinels" else need in self.roles)]
 
     def check(self, objective: Objective, name: str) -> None:
         """Refuse a tokenizer that lacks what an objective needs, naming the command that adds it."""
-        missing = ["eos"] * ("eos" not in self.roles) + self.lacks(objective)
-        if missing:
+        if missing := self.lacks(objective):
             raise UserError(
                 f"data.tokenizer: {self.source or 'the tokenizer'} has no {' and no '.join(missing)} token, which objective '{name}' needs; "
                 f"add it with: lmssl tokenizer --from {self.source or 'FOLDER'} --out NEW_FOLDER"

@@ -30,7 +30,7 @@ from lmssl.errors import Diverged, UserError, fitting, written
 from lmssl.models import parameters
 from lmssl.objectives.base import IGNORE
 from lmssl.objectives.cross_entropy import token_loss
-from lmssl.statistics import MEANS, equivalence, summary
+from lmssl.statistics import FEW_TESTS, equivalence, summary, worth
 from lmssl.tasks import adapters, baseline
 from lmssl.tasks.base import Backbone, Few, Item, Task, batched, has_classifier, nested, split_test, split_validation, steps_for
 from lmssl.tasks.ledger import Ledger, identity_of
@@ -42,8 +42,6 @@ FEWER = "--resume with a smaller trainer.per_device_eval_batch_size"
 """The way out where scoring does not fit into memory."""
 
 
-FEW_TESTS = 100
-"""Test examples below which a warning says so."""
 LARGE, LARGE_RATE = 50_000_000, 2e-4
 """Parameters from which on a learning rate of this size or more is warned of."""
 
@@ -112,7 +110,7 @@ def check(task: Task, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
     if task.classes and (untested := set(classes) - {e.label for e in test}):
         log.warning("of %d classes %d have no test example, and no score tells of them: %s", len(classes), len(untested), ", ".join(in_order(untested)[:5]))
     if len(test) < FEW_TESTS:
-        log.warning("data.test: %d examples are few to judge by%s", len(test), f": each is {100 / len(test):.1f} points" if task.metric in MEANS else "")
+        log.warning("data.test: %d examples are few to judge by%s", len(test), worth(len(test), task.metric))
     for example in test:
         if task.classes and example.label not in classes:
             raise UserError(f"{example.where}: the class '{example.label}' is not in the training data ({', '.join(classes)}); leave it out, or give data.test as files")
