@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,16 +40,20 @@ def keep_memory(device: str) -> bool:
     return bool(mallopt and mallopt(MMAP_MAX, 0) and mallopt(TRIM_THRESHOLD, -1))
 
 
-def same_bits() -> None:
-    """Have this process add in a fixed order, so that two runs end with the same bits.
+def same_bits(device: str) -> None:
+    """Have compiled code add in a fixed order, so that two runs end with the same bits.
 
-    Compiled scatters on a CPU, and the backward pass of embeddings on a GPU, otherwise add in the order that threads arrive in.
+    On a CPU its scatters otherwise add in the order that threads arrive in. On a GPU, too, but there torch's switch for that costs every matrix product
+    (docs/decisions/0023), and lmssl.lookups does what is needed; what remains is how many numbers a thread adds up, which torch.compile otherwise
+    chooses by what was faster when it tried.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch takes on a large GPU anyway; unset, it warns
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # Attention on a GPU keeps its own order, and says so: docs/recipes.md does too.
-    warnings.filterwarnings("ignore", ".*Attention defaults to a non-deterministic algorithm")
+    if device == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        return
+    from torch._inductor import config
+
+    config.deterministic = True
 
 
 def device() -> str:

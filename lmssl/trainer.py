@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from lmssl import arguments, checkpoints, machine, models, ranks
+from lmssl import arguments, checkpoints, lookups, machine, models, ranks
 from lmssl.arguments import FEWER_ROWS, WHOLE
 from lmssl.data.stream import Onwards, Stream, count_tokens
 from lmssl.errors import Interrupted, Stopped, UserError, fitting, refused, written
@@ -80,8 +80,10 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self._refuse_parts()
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.remove_callback(callback)
-        if args.torch_compile or args.device.type == "cuda":
-            machine.same_bits()
+        if args.torch_compile or args.device.type == "cuda":  # whose loss is compiled in any case
+            machine.same_bits(args.device.type)
+        if args.torch_compile and args.device.type == "cuda":
+            lookups.in_order(model)
         # Measured now: a resumed run gets its optimizer when it already has its trained weights.
         self._sizes = sizes_of(model) if optimizer == "muon" else {}
         self.optimizer_kind, self.identity, self.quiet = optimizer, {**(identity or {}), "model": models.description(model.config, model)}, quiet

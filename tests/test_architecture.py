@@ -22,6 +22,7 @@ FLOORS = {
     "tokenization": 1,
     "data": 1,
     "packing": 1,
+    "lookups": 0,
     "models": 1,
     "forward": 2,
     "checkpoints": 1,

@@ -51,11 +51,13 @@ def _slopes(logits: Tensor, norm: Tensor, targets: Tensor, factors: Tensor) -> T
     return (((logits.float() - norm).exp() - onehot.float()) * factors).to(logits.dtype)
 
 
-def _to_slopes(logits: Tensor, targets: Tensor, factors: Tensor, into: Tensor) -> None:
-    """As `_to_gradients`, in one go."""
-    found, norm = _log_probabilities(logits, targets)
+def _to_slopes(logits: Tensor, columns: int, targets: Tensor, factors: Tensor, into: Tensor) -> None:
+    """As `_to_gradients`, in one go; what is beyond `columns` counts for nothing and becomes 0. Of logits without those, each row would begin
+    somewhere else in memory, and a GPU could not read several numbers at a time."""
+    inside = logits if columns == logits.shape[-1] else torch.where(torch.arange(logits.shape[-1], device=logits.device) < columns, logits, -torch.inf)
+    found, norm = _log_probabilities(inside, targets)
     into.copy_(found)
-    logits.copy_(_slopes(logits, norm, targets, factors))
+    logits.copy_(_slopes(inside, norm, targets, factors))
 
 
 @functools.cache
@@ -182,7 +184,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if b is not None:
                     logits += b
                 if fused:
-                    _compiled(_to_slopes)(logits, target, factor, loss)
+                    _compiled(_to_slopes)(filled, columns, target, factor, loss)
                 else:
                     _to_gradients(logits, target, factor, loss, wide)
                 if to_bias is not None:

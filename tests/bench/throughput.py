@@ -40,7 +40,7 @@ def begin(kind: str, work: Callable[..., None], shape: str, rows: int, length: i
     if work is ours:
         side = Side(ours, kind, shape, str(tokens), length, rows, 10**6, ADAMW | ({"batch": "given"} if shape in SIZES else {}))
     else:
-        side = Side(stock, kind, shape, str(tokens), length, rows, 10**6, source=source, most=None if shape in SIZES else 4000, best_on_cpu=best)
+        side = Side(stock, kind, shape, str(tokens), length, rows, 10**6, source=source, most=12_000 if shape in SIZES else 4000, best_on_cpu=best)
     side.seconds(3)
     return side
 
