@@ -292,6 +292,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     _silence_transformers()
     if options.pairs:
+        if options.overrides:
+            raise UserError(f"--pairs: '{options.overrides[0]}' would change nothing there; leave it out")
         found = scoring.minimal_pairs(options.recipe, options.pairs)
         right, mean = 100 * found["accuracy"], 100 * found["mean_by_phenomenon"]
         print(f"{right:.2f}% of {found['pairs']:,} minimal pairs right ({found['ties']} ties counted as half); mean of the phenomena {mean:.2f}%")

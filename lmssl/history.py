@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmssl import checkpoints, config, output, tokenization
-from lmssl.data.contamination import leaked
+from lmssl.data.contamination import SHORTEST, leaked, searchable
 from lmssl.data.tokens import TokenSet
 from lmssl.errors import UserError
 from lmssl.recipe import PRETRAIN, DataSection, prepared
@@ -18,9 +18,11 @@ def leak_check(source: str, test: typing.Sequence[Any]) -> dict[str, Any]:
     """How many test examples share 13 words in a row with what the backbone was pretrained on, and the checkpoints that it was continued from.
 
     Returns:
-        {"checked": True, "test_examples", "leaked", "examples": where the first few stand}; or {"checked": False, "reason"}.
+        {"checked": True, "test_examples", "leaked", "examples": where the first few stand, "short": of which no text is long enough to be looked for}; or
+        {"checked": False, "reason"}, also where all are too short.
     """
     owners = [k for k, example in enumerate(test) for _ in example.texts()]
+    short = sum(not any(map(searchable, example.texts())) for example in test)
     found, seen = set[int](), set[Path]()
     folder: str | None = source
     while folder is not None:
@@ -36,7 +38,9 @@ def leak_check(source: str, test: typing.Sequence[Any]) -> dict[str, Any]:
         texts = tokenizer.round_trip([text for example in test for text in example.texts()])
         found |= {owners[i] for i in leaked(texts, token_set.texts())}
         folder = before
-    return {"checked": True, "test_examples": len(test), "leaked": len(found), "examples": [test[k].where for k in sorted(found)[:20]]}
+    if short == len(test):
+        return {"checked": False, "reason": f"every test example has fewer than {SHORTEST} words, too few to be told from chance"}
+    return {"checked": True, "test_examples": len(test), "leaked": len(found), "examples": [test[k].where for k in sorted(found)[:20]], "short": short}
 
 
 def _pretraining_text(checkpoint: str) -> tuple[TokenSet, Tokenizer, str | None]:

@@ -24,8 +24,8 @@ from lmssl.objectives.base import Family, Vocab
 
 TIE = 1e-5
 """Nats: log-likelihoods closer than this are a tie."""
-TOKENS = 2**14
-"""Input tokens of one batch, padding included."""
+TOKENS, LOGITS = 2**14, 2**28
+"""Input tokens of one batch, padding included, and logits held at a time, at most."""
 
 Row = tuple[list[int], list[int], int, int]
 """(input ids, decoder ids or [], position whose logits are read, token looked up) of one question to the model."""
@@ -57,7 +57,7 @@ def log_likelihoods(model: Any, family: Family, ids: Sequence[np.ndarray], vocab
     totals = np.zeros(len(ids))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     while order:
-        take = max(1, TOKENS // len(rows[order[0]][0]))
+        take = max(1, min(TOKENS, LOGITS // vocab.size) // max(map(len, rows[order[0]][:2])))
         batch, order = order[:take], order[take:]
         values = _score(model, [rows[i] for i in batch], vocab.pad, causal=family == "decoder")
         np.add.at(totals, [owners[i] for i in batch], values)

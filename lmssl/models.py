@@ -30,6 +30,8 @@ log = logging.getLogger("lmssl")
 
 AUTO = {"decoder": AutoModelForCausalLM, "encoder": AutoModelForMaskedLM, "encoder-decoder": AutoModelForSeq2SeqLM}
 """The class that each family is pretrained as, and loaded with."""
+MOST_BEFORE = 64
+"""Rows of a table of positions that may stand before the first position."""
 SHORT_ROW = 256
 """Tokens up to which attention on a CPU is faster as plain matrix products."""
 POSITIONS = ("max_position_embeddings", "n_positions")
@@ -164,6 +166,7 @@ def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_le
         raise
     except Exception as error:
         raise UserError(f"model: {config.model_type} cannot be built from this configuration: {' '.join(str(error).split())}") from error
+    train_every_token(model, vocab.pad, vocab.eos)
     if init_of(section) != "default":
         begin_local(model)
     return model.float()
@@ -217,9 +220,14 @@ def _set_positions(config: PretrainedConfig, auto: Any, section: Mapping[str, An
         return
     chosen = next((section[n] for n in POSITIONS if n in section), None)
     if chosen is None:
-        setattr(config, name, needed)
+        setattr(config, name, max(needed, (config.pad_token_id or 0) + 2))  # RoBERTa's table holds the pad id's row
     with torch.device("meta"):
         offset = position_offset(auto.from_config(config))
+    if chosen is None and offset > needed + MOST_BEFORE:
+        raise UserError(
+            f"model.architecture: {config.model_type} numbers positions from the pad id on, which is {offset - 1} in this tokenizer; "
+            "take another architecture, or a tokenizer whose pad id is small (lmssl tokenizer trains one)"
+        )
     if chosen is None:
         setattr(config, name, needed + offset)
     elif chosen < needed + offset:
@@ -227,11 +235,24 @@ def _set_positions(config: PretrainedConfig, auto: Any, section: Mapping[str, An
 
 
 def position_offset(model: nn.Module) -> int:
-    """The first position's number: RoBERTa and its kin count from padding_idx + 1."""
+    """The first position's number: RoBERTa and its kin, MPNet among them, count from padding_idx + 1."""
     for module in model.modules():
-        if hasattr(module, "create_position_ids_from_input_ids") and getattr(module, "padding_idx", None) is not None:
+        if any(hasattr(module, f"create_position_ids_from_{what}") for what in ("input_ids", "inputs_embeds")) and getattr(module, "padding_idx", None) is not None:
             return int(module.padding_idx) + 1  # type: ignore[arg-type]
     return 0
+
+
+def train_every_token(model: PreTrainedModel, pad: int, eos: int) -> None:
+    """Have the embeddings of all tokens but a real pad token learn. torch gives no gradient to the row of `padding_idx`: where a tokenizer without pad is padded
+    with eos, that would be the token that ends every document; where an architecture has its own number there (MPNet), any token."""
+    table: Any = model.get_input_embeddings()
+    row = getattr(table, "padding_idx", None)
+    if row is None or (row == pad and pad != eos):
+        return
+    table.padding_idx = None
+    with torch.no_grad():
+        if not table.weight[row].any():  # as a new model's
+            table.weight[row].normal_(std=float(table.weight.std()))
 
 
 def max_length(config: PretrainedConfig) -> int | None:
@@ -262,6 +283,7 @@ def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Fami
         model.resize_token_embeddings(vocab.size, mean_resizing=True)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = vocab.pad
+    train_every_token(model, vocab.pad, vocab.eos)
     return model
 
 

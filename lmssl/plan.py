@@ -192,17 +192,22 @@ def curve_cost(wanted: FinetuneRecipe) -> CurveCost:
     with _thrown_away() as folder:
         values = arguments.resolve(wanted.trainer, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
         curve = runs.curve_of(wanted, values | {"output_dir": folder, "save_strategy": "no"}, quiet=True)
-        watch, few = _Steps(), curve.test[:64]
-        model = curve.sample(watch)
+        few = curve.test[:64]
+        # A twin from scratch trains everything, whatever the method.
+        watches = {init: _Steps() for init in (("scratch", "pretrained") if curve.task.method != "full" else ("pretrained",))}
+        for init, watch in watches.items():
+            model = curve.sample(watch, init)
         begun = time.perf_counter()
-        curve.task.evaluate(model, curve.backbone, few, curve.args.per_device_eval_batch_size)
+        with curve.trainer.compute_loss_context_manager():
+            curve.task.evaluate(model, curve.backbone, few, curve.args.per_device_eval_batch_size)
         test_seconds = (time.perf_counter() - begun) / len(few) * len(curve.test)
     todo = curve.todo()
     tuned = {(run.init, run.labels): run for run in todo} if curve.task.learning_rates else {}
     steps = sum(map(curve.steps, todo)) + len(curve.task.learning_rates) * sum(map(curve.steps, tuned.values()))
-    timed = [b - a for a, b in zip(watch.begun, watch.ended, strict=True)]
+    timed = [[b - a for a, b in zip(watch.begun, watch.ended, strict=True)] for watch in watches.values()]
+    step = statistics.mean(statistics.median(some[min(WARM, len(some) - 1) :]) for some in timed)
     count = len(todo) + len(curve.task.learning_rates) * len(tuned)
-    return CurveCost(count, steps, statistics.median(timed[min(WARM, len(timed) - 1) :]), len(todo), test_seconds)
+    return CurveCost(count, steps, step, len(todo), test_seconds)
 
 
 # --- plan ----------------------------------------------------------------------------------------------------------

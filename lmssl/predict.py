@@ -47,10 +47,18 @@ def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) 
     known = backbone.tokenizer.settings.get("model_max_length") or 0
     names = getattr(backbone.config, "id2label", None) if task.classes else None
     backbone = Backbone.load(checkpoint, known if 0 < known < 10**6 else None, [names[i] for i in sorted(names)] if names else ())
+    kind = getattr(backbone.config, "problem_type", None)
+    if task.classes and (kind in ("multi_label_classification", "regression") or len(backbone.classes) < 2):
+        what = "a number" if kind == "regression" or len(backbone.classes) < 2 else "any number of classes"
+        raise UserError(f"{checkpoint}: answers with {what}, not with one of several classes; transformers' pipeline reads it as it was trained")
     model = task.model(backbone, True, 0)
     if drawn := models.drawn(model):
         raise UserError(f"{checkpoint}: has no weights for {task.name} ({min(drawn)} is missing); lmssl finetune makes a checkpoint that has")
-    if not known_by_recipe and not task.writes(backbone):
+    if not known_by_recipe:
+        if task.writes(backbone) and backbone.family == "decoder":
+            raise UserError(
+                f"{checkpoint}: was not fine-tuned by lmssl, which cannot know what stands between an input and its answer; transformers' generate writes as it was trained to"
+            )
         _check_layout(checkpoint, task, backbone)
     return task, backbone, model.to(machine.device()).eval()
 
@@ -139,10 +147,25 @@ def predict(checkpoint: str, files: Sequence[str], *, task_name: str | None = No
     task, backbone, model = load(checkpoint, task_name, overrides)
     stream = examples(task, files)
     with tqdm(unit="input", disable=quiet or None, leave=False) as bar:
-        while some := list(islice(stream, CHUNK * batch)):
-            for example, row in zip(some, task.predictions(model, backbone, some, batch), strict=True):
+        while True:
+            some, bad = _next(stream, CHUNK * batch)
+            for example, row in zip(some, task.predictions(model, backbone, some, batch) if some else (), strict=True):
                 yield {"where": example.where, **row}
             bar.update(len(some))
+            if bad is not None:
+                raise bad
+            if not some:
+                break
+
+
+def _next(stream: Iterator[Any], count: int) -> tuple[list[Any], UserError | None]:
+    """The next few examples, and what is wrong with the one behind them."""
+    some: list[Any] = []
+    try:
+        some.extend(islice(stream, count))
+    except UserError as error:
+        return some, error
+    return some, None
 
 
 def write(rows: Iterator[dict[str, Any]], out: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from lmssl import forward, machine, models, packing
+from lmssl import forward, machine, models, output, packing
 from lmssl.arguments import FEWER_ROWS
 from lmssl.data.stream import Collator, Stream
 from lmssl.data.tokens import TokenSet
@@ -24,6 +25,8 @@ from lmssl.objectives.base import IGNORE, Objective
 from lmssl.objectives.cross_entropy import token_loss
 from lmssl.ranks import processes
 from lmssl.trainer import ExactTrainer
+
+log = logging.getLogger("lmssl")
 
 
 class PretrainTrainer(ExactTrainer):
@@ -55,7 +58,7 @@ class PretrainTrainer(ExactTrainer):
         on_spike: str = "warn",
         worker_timeout: float = 300,
     ):
-        section = fields_of(objective)
+        section = output.plain(fields_of(objective))
         family = models.check_family(model.config, objective, section["name"])
         self._tokenizer = train_dataset.tokenizer
         self._tokenizer.check(objective, section["name"])
@@ -75,6 +78,8 @@ class PretrainTrainer(ExactTrainer):
         stream = Stream(train_dataset, objective, length, args.seed, args.max_steps * batch, self.start)
         collator = packing.collator(stream, length, family, args.device)
         kernel = collator.most_documents is not None
+        if doubt := getattr(objective, "doubt", lambda *_: None)(length, stream.vocab):
+            log.warning(doubt)
         identity = train_dataset.identity | {"objective": section, "seed": args.seed, "batch": batch, "seq_length": length, "threads": torch.get_num_threads()}
         identity |= {
             "bf16": bool(args.bf16),

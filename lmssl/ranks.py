@@ -38,6 +38,15 @@ def check_same_folder(folder: Any, seen: Any) -> None:
         raise UserError(f"trainer.output_dir: not all processes see the same in {folder}; it must be one folder for all machines")
 
 
+def as_the_first(value: Any) -> Any:
+    """What the first process has; every process must ask."""
+    if processes() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
 def wait() -> None:
     """For every process of the run to come here."""
     if processes() > 1:

@@ -186,7 +186,8 @@ def leaks_in_words(leaks: dict[str, Any] | None) -> str:
     """The leak check of a result as a sentence."""
     if not leaks or not leaks["checked"]:
         return f"not made: {leaks['reason'] if leaks else 'an older run'}"
-    return f"{leaks['leaked']:,} of {leaks['test_examples']:,} test examples share 13 words in a row with the pretraining text"
+    short = f" ({leaks['short']:,} have fewer than 8 words and were not looked for)" if leaks.get("short") else ""
+    return f"{leaks['leaked']:,} of {leaks['test_examples']:,} test examples share 13 words in a row with the pretraining text{short}"
 
 
 def _rates(metrics: dict[str, Any]) -> str:

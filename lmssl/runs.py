@@ -89,7 +89,7 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
         resume: keep the finished runs of the folder, and go on with the others: those that an interruption left, and
             those that more seeds or numbers of labels add.
         overwrite: begin anew in a folder that holds runs.
-        accept: differences from the finished runs that resuming accepts ("trainer.learning_rate", "data.test", ...).
+        accept: differences from the finished runs that resuming accepts ("trainer.learning_rate", "data.train", ...).
 
     Raises:
         UserError, Stopped, Interrupted: see lmssl.errors.

@@ -69,6 +69,13 @@ class Tokenizer:
         content = json.dumps([spec, self.roles, self.sentinels], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
+    def eos(self) -> int:
+        """The id that ends every document; refused where there is none."""
+        eos = self.id("eos")
+        if eos is None:
+            raise UserError(f"data.tokenizer: {self.source} has no eos token; add it with: lmssl tokenizer --from {self.source} --out NEW_FOLDER")
+        return eos
+
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text between bos (where there is one) and eos; a special token spelt in a text is plain text.
 
@@ -76,7 +83,7 @@ class Tokenizer:
             int32 arrays.
         """
         bos = [self.id("bos")] if "bos" in self.roles else []
-        eos = [self.id("eos")]
+        eos = [self.eos()]
         if self._fast is False:
             self._fast = byte_pairs.encoder(self.backend)
         if self._fast is not None:
@@ -203,9 +210,7 @@ class Tokenizer:
             if (i := self.backend.token_to_id(text)) is not None:
                 special[i] = True
         special |= np.array([t == "" for t in texts])
-        eos = self.id("eos")
-        if eos is None:
-            raise UserError(f"data.tokenizer: {self.source} has no eos token; add it with: lmssl tokenizer --from {self.source} --out NEW_FOLDER")
+        eos = self.eos()
         pad, bos = self.id("pad"), self.id("bos")
         return Vocab(
             size=size,

@@ -88,7 +88,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self._sizes = sizes_of(model) if optimizer == "muon" else {}
         self.optimizer_kind, self.identity, self.quiet = optimizer, {**(identity or {}), "model": models.description(model.config, model)}, quiet
         self.on_spike, self.worker_timeout = on_spike, worker_timeout
-        self.clock, self.curve = Clock(), list[dict[str, float]]()
+        self.clock, self.curve = Clock(args.device), list[dict[str, float]]()
         self._tokens, self._tokens_before = torch.zeros((), dtype=torch.int64, device=args.device), 0  # since this process began; of all ranks before
         self.flops, self.peak = 0.0, 0.0  # of an item, forward and backward; of the machine, a second
         self._stage: Path | None = None
@@ -363,7 +363,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         memory: dict[int, list[str]] = {}
         for name, value in state.items():
             memory.setdefault(value.data_ptr(), []).append(name)
-        checkpoints.fits(folder, {k: v.shape for k, v in state.items()}, {k: memory[v.data_ptr()] for k, v in state.items()})
+        shapes, unsaved = {k: v.shape for k, v in state.items()}, set(getattr(self.accelerator.unwrap_model(self.model), "_keys_to_ignore_on_save", None) or ())
+        checkpoints.fits(folder, {k: v for k, v in shapes.items() if k not in unsaved}, {k: memory[v.data_ptr()] for k, v in state.items()})
 
     def resume_point(self, accept: tuple[str, ...] = ()) -> Path | None:
         """The newest whole checkpoint of this run; None where none was ever completed.
@@ -411,7 +412,12 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         Raises:
             Stopped: a non-finite value, a full disk.
             Interrupted: a signal, after saving.
+            UserError: a run that begins where checkpoints of another lie, of which only the newest would be kept.
         """
+        if resume is None and self.args.save_strategy != "no" and (found := checkpoints.all_of(Path(self.args.output_dir))):
+            raise UserError(
+                f"output_dir: {self.args.output_dir} holds checkpoints of an earlier run ({found[0].name}); run(resume_point()) goes on with it, another folder begins anew"
+            )
         with self.guard.signals():
             try:
                 with fitting("a training step", self.fewer_rows, self.stopped):

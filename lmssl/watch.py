@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lmssl import machine
 from lmssl.data.stream import mix
 from lmssl.errors import Diverged
 from lmssl.optimizers import leaves_out
@@ -36,7 +37,8 @@ SPIKE = 20.0
 class Clock:
     """Training wall-clock: runs between start and stop, but not inside `paused`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.training, self.other, self.steps = 0.0, {"evaluation": 0.0, "saving": 0.0, "first_step": 0.0}, 0
         self._since: float | None = None
 
@@ -54,7 +56,9 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self, kind: str) -> Iterator[None]:
-        """Time spent inside counts as `kind`, not as training."""
+        """Time spent inside counts as `kind`, not as training; what a GPU has still to do of the training counts as training."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
         running, begin = self._since is not None, time.perf_counter()
         self.stop()
         try:
@@ -85,7 +89,7 @@ class Guard(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.losses.clear()
-        torch.manual_seed(mix(args.seed, state.global_step, args.process_index) >> 1)
+        machine.draw_from(mix(args.seed, state.global_step, args.process_index) >> 1, args.device)
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # The norm before clipping: after it, one that overflowed has become zeros.

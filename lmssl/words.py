@@ -35,6 +35,24 @@ def spaceless(text: str) -> bool:
     return _SPACELESS_LETTER.match(text) is not None
 
 
+def has_spaceless(text: str) -> bool:
+    """Whether a text holds characters of a script without spaces.
+
+    >>> has_spaceless("In 東京"), has_spaceless("In Tokyo")
+    (True, False)
+    """
+    return not text.isascii() and _SPACELESS_LETTER.search(text) is not None
+
+
+def spaced(text: str) -> str:
+    """A text with a space around each character of a script without them.
+
+    >>> spaced("in 東京").split(), spaced("in Tokyo")
+    (['in', '東', '京'], 'in Tokyo')
+    """
+    return _SPACELESS_LETTER.sub(r" \g<0> ", text) if has_spaceless(text) else text
+
+
 def punctuation(text: str) -> bool:
     """Whether a text begins with punctuation or a symbol; a part of a letter, decoded as U+FFFD, is neither."""
     return text[:1] not in ("", "\ufffd") and unicodedata.category(text[0])[0] in "PS"

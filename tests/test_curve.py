@@ -137,7 +137,7 @@ def test_a_result_goes_by_macro_f1_where_that_is_asked(data, backbones, tmp_path
     assert all(r["score"] == r["macro_f1"] and "accuracy" in r for r in metrics["results"])
     train, test = curve.labelled(make_task({"name": "sentiment"}), str(data["sentiment"]), 12)
     rare = [e for e in test if e.label == "0"][:1] + [e for e in test if e.label == "1"]
-    by_class, plain = (baseline.tfidf(train[:20], rare, metric)["score"] for metric in ("macro_f1", "accuracy"))
+    by_class, plain = (baseline.tfidf(train[:20], rare, make_task({"name": "sentiment", "metric": metric}))["score"] for metric in ("macro_f1", "accuracy"))
     assert by_class != plain, "one example of the rare class is half of it"
     assert run(["report", str(tmp_path / "out")]) == 0
     assert "macro_f1 in percent" in (tmp_path / "out" / "report.html").read_text()

@@ -121,7 +121,7 @@ def test_a_learning_rate_is_judged_by_examples_that_it_did_not_train_on(recipe, 
 def test_the_baseline_sees_as_many_labels_as_the_models(recipe, monkeypatch):
     pytest.importorskip("sklearn")
     asked, tfidf = [], baseline.tfidf
-    monkeypatch.setattr(baseline, "tfidf", lambda train, test, metric: asked.append([e.where for e in train]) or tfidf(train, test, metric))
+    monkeypatch.setattr(baseline, "tfidf", lambda train, test, task: asked.append([e.where for e in train]) or tfidf(train, test, task))
     finetune(recipe(), quiet=True)
     assert [len(places) for places in asked] == [8, 20, 8, 20]
     assert set(asked[0]) < set(asked[1])

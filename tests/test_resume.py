@@ -214,7 +214,7 @@ def test_a_text_that_took_another_s_place_is_no_proof_of_a_clean_test(corpus_fil
     text = tmp_path / "text.jsonl"
     text.write_text(corpus_file.read_text())
     pretrain(recipe_of(text, tmp_path / "run", save_strategy="steps", save_steps=2), quiet=True)
-    assert leak_check(str(tmp_path / "run"), [Example("a", "", "")])["checked"]
+    assert leak_check(str(tmp_path / "run"), [Example("a film of eight words or some more", "", "")])["checked"]
     told = (tmp_path / "run" / "metrics.json").read_text()
     facts = json.loads(told)
     facts["data"]["tokens"] += 50  # what an older rule of `decontaminate` had left in
@@ -242,13 +242,13 @@ def test_a_checkpoint_along_the_way_is_used_like_the_final_model(corpus_file, tm
     assert run(["evaluate", str(early)]) == 0
     assert json.loads((early / "metrics.json").read_text())["held_out"]["loss"] > 0
     assert checkpoints.verify(early), "what was noted beside it is none of its files"
-    assert leak_check(str(early), [Example("a", "", "")])["checked"]
+    assert leak_check(str(early), [Example("a film of eight words or some more", "", "")])["checked"]
     onwards = recipe_of(text, tmp_path / "onwards")
     onwards.model.clear()
     onwards.model["from"] = str(early)
     assert pretrain(onwards, quiet=True)["steps"] == 4
     text.write_text("".join(corpus_file.read_text().splitlines(True)[1:]))
-    assert "has changed since" in leak_check(str(early), [Example("a", "", "")])["reason"]
+    assert "has changed since" in leak_check(str(early), [Example("a film of eight words or some more", "", "")])["reason"]
     assert run(["evaluate", str(early)]) == 2
     assert "has changed since" in capsys.readouterr().err
 

@@ -127,6 +127,6 @@ def test_every_step_rank_and_seed_draws_its_own_dropout(shared_dir, tmp_path):
     trainer, draws = trainer_of("bert", token_set(shared_dir), tmp_path), set()
     for step, rank, seed in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:
         trainer.state.global_step = step
-        trainer.guard.on_step_begin(SimpleNamespace(seed=seed, process_index=rank), trainer.state, trainer.control)
+        trainer.guard.on_step_begin(SimpleNamespace(seed=seed, process_index=rank, device=torch.device("cpu")), trainer.state, trainer.control)
         draws.add(torch.rand(1).item())
     assert len(draws) == 4

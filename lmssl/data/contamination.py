@@ -77,6 +77,15 @@ def _rolling(hashes: np.ndarray, n: int) -> np.ndarray:
     return total
 
 
+def searchable(text: str) -> bool:
+    """Whether a text is long enough to be looked for.
+
+    >>> searchable("a b c d e f g h"), searchable("a b c")
+    (True, False)
+    """
+    return len(words(text)) >= SHORTEST
+
+
 def leaked(tests: Iterable[str], documents: Iterable[str]) -> list[int]:
     """Numbers of the test texts that share an n-gram with any document."""
     grams, found = Grams(tests), set[int]()

@@ -34,7 +34,8 @@ from lmssl.tokenization import Tokenizer
 
 log = logging.getLogger("lmssl")
 
-FORMAT = 1
+FORMAT = 2
+"""Raised where the same text and tokenizer come to mean other ids, so that text is prepared again."""
 DATA = "data-00000-of-00001.arrow"
 BATCH_CHARACTERS = 2**21
 

@@ -62,6 +62,7 @@ def _to_slopes(logits: Tensor, columns: int, targets: Tensor, factors: Tensor, i
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    machine.same_bits("cuda")  # what the probe compiles before there is a trainer is kept for the run
     return torch.compile(function)
 
 

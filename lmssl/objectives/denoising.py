@@ -114,6 +114,16 @@ class SpanCorruption:
     def held_out(self) -> SpanCorruption:
         return self
 
+    def doubt(self, model_length: int, vocab: Vocab) -> str | None:
+        """What a run with rows of this length should be warned of."""
+        spans, sentinels = self.counts(self.row_length(model_length))[1], len(vocab.sentinels)
+        if spans <= sentinels:
+            return None
+        return (
+            f"objective: a document that fills a row has {spans} spans, the tokenizer {sentinels} sentinels: {1 - sentinels / spans:.0%} of its noise is left out; "
+            "a larger objective.mean_span, or a smaller data.seq_length, leaves none out"
+        )
+
     def __call__(self, row: Row, vocab: Vocab, rng: np.random.Generator) -> Arrays:
         maskable = np.flatnonzero((row.segments > 0) & ~vocab.special[row.ids])
         noise = np.zeros(len(row.ids), bool)
@@ -136,7 +146,9 @@ class SpanCorruption:
     @staticmethod
     def _corrupt(ids: np.ndarray, noise: np.ndarray, vocab: Vocab) -> tuple[np.ndarray, np.ndarray]:
         """One document: what the encoder keeps, and what the decoder spells (eos last)."""
-        spans = spans_of(noise.astype(np.int8))[: len(vocab.sentinels)]  # what no sentinel is left for stays text
+        spans = spans_of(noise.astype(np.int8))
+        if len(spans) > len(vocab.sentinels):  # those that no sentinel is left for stay text, all over the document
+            spans = [spans[i] for i in np.linspace(0, len(spans) - 1, len(vocab.sentinels)).round().astype(int)]
         kept: list[np.ndarray] = []
         spelled: list[np.ndarray] = []
         at = 0
@@ -225,7 +237,9 @@ class Infilling(SameLength):
         if self.mask_rate:
             text = np.where(~vocab.special[text] & (rng.random(len(text)) < self.mask_rate), mask, text)
         if self.delete_rate:
-            text = text[vocab.special[text] | (rng.random(len(text)) >= self.delete_rate)]
+            stays = vocab.special[text] | (rng.random(len(text)) >= self.delete_rate)
+            stays[0] |= not stays.any()  # of a document that the encoder does not see at all the decoder would look at others
+            text = text[stays]
         if self.rotate and len(text) > 1 and rng.random() < self.rotate:
             text = np.roll(text, -int(rng.integers(1, len(text))))
         return np.concatenate([ids[:first], text, ids[last:]])

@@ -38,7 +38,7 @@ class Example:
     """One labelled example.
 
     Attributes:
-        text: what the model reads; splits, duplicates and leak checks go by it.
+        text: what the model reads.
         label: class name, by which subsets are stratified; "" where a task has no classes.
         where: file:line.
     """
@@ -50,6 +50,10 @@ class Example:
     def texts(self) -> tuple[str, ...]:
         """Every text that must not have been seen in pretraining."""
         return (self.text,)
+
+    def group(self) -> str:
+        """What examples share that stand on one side of a split: those to train on, or the test set."""
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,9 @@ class Backbone:
         torch.manual_seed(seed)
         try:
             if not pretrained:
-                return auto.from_config(config, **models.attention(self.length)).float()
+                model = auto.from_config(config, **models.attention(self.length)).float()
+                models.train_every_token(model, self.pad, self.tokenizer.vocab().eos)
+                return model
             renamed = self._renamed(auto)
             keys = {"config": config, **models.attention(self.length), "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
             model, info = auto.from_pretrained(self.source, output_loading_info=True, key_mapping=renamed, **keys)
@@ -235,6 +241,7 @@ class Backbone:
             if "ignore_mismatched_sizes" in str(error):
                 why = f"its weights are of other shapes than {auto.__name__.removeprefix('AutoModel')} has here, for example of a head for other classes"
             raise UserError(f"model.from: {self.source}: {why}") from error
+        models.train_every_token(model, self.pad, self.tokenizer.vocab().eos)
         models.mark_drawn(model, info["missing_keys"])
         body = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
         drawn = models.drawn(model)
@@ -283,7 +290,7 @@ def split_test(examples: list[Example], test: float) -> tuple[list[Example], lis
 
     The same rule as `data.held_out` in pretraining, so a fraction given in both keeps the test text out of both.
     """
-    hashes = np.array([content_hash(e.text) for e in examples], np.uint64)
+    hashes = np.array([content_hash(e.group()) for e in examples], np.uint64)
     if isinstance(test, float):
         chosen = hashes < np.uint64(below(test))
     else:

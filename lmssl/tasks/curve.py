@@ -47,7 +47,7 @@ LARGE, LARGE_RATE = 50_000_000, 2e-4
 
 
 def labelled(task: Task, train: str | list[str], test: float | str | list[str]) -> tuple[list[Any], list[Any]]:
-    """(train, test) examples; a text that is in both is left in the test set alone.
+    """(train, test) examples; what is in both is left in the test set alone.
 
     Args:
         test: files; or a fraction, or a number, of the examples of `train`, by smallest content hash.
@@ -56,8 +56,10 @@ def labelled(task: Task, train: str | list[str], test: float | str | list[str]) 
     if isinstance(test, int | float):
         return split_test(examples, test)
     held = task.read(corpus.resolve(test, "data.test"))
-    known = {content_hash(e.text) for e in held}
-    left = [e for e in examples if content_hash(e.text) not in known]
+    known = {content_hash(e.group()) for e in held}
+    left = [e for e in examples if content_hash(e.group()) not in known]
+    if len(left) < len(examples):
+        log.info("%d examples of data.train are in data.test, too; they are not trained on", len(examples) - len(left))
     if examples and not left:
         raise UserError("data.test: holds every example of data.train; nothing is left to train on (a share of data.train: data.test=0.1)")
     return left, held
@@ -277,9 +279,9 @@ class Curve:
         items = sum(len(shot.items) for shot in self._few(run.seed)[: run.labels]) if "num_train_epochs" in values else run.labels
         return arguments.with_steps(values, items)
 
-    def sample(self, callback: TrainerCallback) -> PreTrainedModel:
-        """The largest pretrained run, which `callback` may watch and end; its model."""
-        run = Run(max(self.task.labels), "pretrained", 0)
+    def sample(self, callback: TrainerCallback, init: str) -> PreTrainedModel:
+        """The largest run of an init, which `callback` may watch and end; its model."""
+        run = Run(max(self.task.labels), init, 0)
         return self._trained(run, self._few(0), self.args.learning_rate, "-sample", [callback])[0]
 
     def _seconds(self) -> float:
@@ -298,7 +300,7 @@ class Curve:
         if not self.task.learning_rates:
             return self.args.learning_rate
         if (run.init, run.labels) not in self.rates:
-            losses = {rate: self._tried(run, rate) for rate in self.task.learning_rates}
+            losses = ranks.as_the_first({rate: self._tried(run, rate) for rate in self.task.learning_rates})  # ranks may differ in the last bits
             if not math.isfinite(min(losses.values())):
                 raise Diverged(f"task.learning_rates: with {run.labels} labels, {run.init}, none of {', '.join(f'{r:g}' for r in losses)} gave a finite loss")
             self.rates[run.init, run.labels] = min(losses, key=lambda rate: losses[rate])
@@ -407,7 +409,7 @@ class Curve:
         rows = []
         for seed in range(self.task.seeds):
             examples = [self.train[i] for i in nested(self.train, seed)]
-            rows += [{"labels": n, "seed": seed, **baseline.tfidf(examples[:n], self.test, self.task.metric)} for n in self.task.labels]
+            rows += [{"labels": n, "seed": seed, **baseline.tfidf(examples[:n], self.test, self.task)} for n in self.task.labels]
         return rows
 
     def _say(self, result: dict[str, Any], total: int, done: int, missing: int) -> None:

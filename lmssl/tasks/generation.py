@@ -28,6 +28,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lmssl import forward, models
+from lmssl.data.stream import mix
 from lmssl.errors import UserError
 from lmssl.objectives.base import IGNORE
 from lmssl.tasks.base import Backbone, Item, by_length, inputs_of, padded
@@ -58,11 +59,11 @@ def generation_config(backbone: Backbone, made: PreTrainedModel, beams: int, lon
 def _warm_started(backbone: Backbone, pretrained: bool, seed: int) -> PreTrainedModel:
     encoder = backbone.build(AutoModel, pretrained, seed)
     config = decoder_config(backbone.config, backbone.length)
-    same = config.model_type == backbone.config.model_type
+    same, own = config.model_type == backbone.config.model_type, mix(seed, 1) >> 1  # the next seed's encoder is drawn from that
     if same:
-        decoder = backbone.build(AutoModelForCausalLM, pretrained, seed + 1, is_decoder=True, add_cross_attention=True)
+        decoder = backbone.build(AutoModelForCausalLM, pretrained, own, is_decoder=True, add_cross_attention=True)
     else:
-        torch.manual_seed(seed + 1)
+        torch.manual_seed(own)
         decoder = AutoModelForCausalLM.from_config(config, **models.attention(backbone.length)).float()
         models.mark_drawn(decoder, (name for name, _ in decoder.named_parameters()))
         with torch.no_grad():

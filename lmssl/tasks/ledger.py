@@ -23,6 +23,8 @@ COUNTS = ("labels", "seeds", "scratch_labels")
 """Fields of a task that say how many runs there are, not how one of them goes."""
 FREE = ("output_dir", "logging", "save", "report_to", "run_name", "dataloader", "worker_timeout", "on_spike", "disable_tqdm", "log_level", "per_device_eval_batch_size")
 """Beginnings of the trainer fields that change no result."""
+SCORED_ON = ("data.test", "task.metric")
+"""What the scores of all runs must have in common: twins are compared, seeds averaged."""
 UNSAID = [("tf32", False), ("metric", "accuracy")]
 """Values that earlier versions had without saying so."""
 
@@ -36,13 +38,16 @@ def identity_of(task: Task, backbone: Backbone, train: Sequence[Any], test: Sequ
     if list(backbone.classes) != sorted(backbone.classes):  # as earlier versions had them
         fields["classes"] = ", ".join(backbone.classes)
     fields |= {"data.train": _content(train), "data.test": _content(test), "data.max_length": backbone.length}
-    return output.plain({"task": task.name, "model.from": _weights(backbone), **fields, "threads": threads, "inputs": INPUTS + bool(task.learning_rates)})
+    return output.plain(
+        {"task": task.name, "model.from": _weights(backbone), "model.settings": _settings(backbone), **fields, "threads": threads, "inputs": INPUTS + bool(task.learning_rates)}
+    )
 
 
 def _content(examples: Sequence[Any]) -> str:
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps({k: v for k, v in dataclasses.asdict(example).items() if k != "where"}, sort_keys=True).encode())
+        # A question without an id has its place for one.
+        digest.update(json.dumps({k: v for k, v in dataclasses.asdict(example).items() if k != "where" and not (k == "id" and v == example.where)}, sort_keys=True).encode())
     return f"{len(examples)} examples, sha256 {digest.hexdigest()[:16]}"
 
 
@@ -52,6 +57,13 @@ def _weights(backbone: Backbone) -> str:
     if not files:
         return f"{backbone.source}@{getattr(backbone.config, '_commit_hash', None)}"
     return "sha256 " + hashlib.sha256("".join(map(checkpoints.sha256, files)).encode()).hexdigest()[:16]
+
+
+def _settings(backbone: Backbone) -> str:
+    """sha256 of what else a folder's models are made of: the configuration, but for who wrote it, and the tokenizer."""
+    config = {k: v for k, v in backbone.config.to_dict().items() if k not in ("transformers_version", "_name_or_path", "architectures", "dtype")}
+    said = json.dumps(config, sort_keys=True, default=str) + backbone.tokenizer.backend.to_str()
+    return "sha256 " + hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 class Ledger:
@@ -87,9 +99,15 @@ class Ledger:
         except checkpoints.Damaged as error:
             raise UserError(f"--resume: {error}; --overwrite begins anew") from None
         checkpoints.check_accepted(accept, {*found["identity"], *self.identity})
-        for key in sorted({*found["identity"], *self.identity} - set(accept)):
+        for key in sorted({*found["identity"], *self.identity}):
             then, now = found["identity"].get(key), self.identity.get(key)
-            if then != now:
+            if then == now:
+                continue
+            if key in SCORED_ON and found["results"]:
+                raise UserError(
+                    f"--resume: {key} changed: the finished runs were scored by {then}, this recipe says {now}; --overwrite begins anew, another trainer.output_dir keeps them"
+                )
+            if key not in accept:
                 raise UserError(f"--resume: {key} changed: the finished runs have {then}, this recipe {now}; --accept {key} goes on all the same")
         self.results, self.tuning, self.seconds = found["results"], found["tuning"], found["seconds"]
 

@@ -47,6 +47,10 @@ class Labelled(Example):
     def texts(self) -> tuple[str, ...]:
         return (self.text,) if self.second is None else (self.text, self.second)
 
+    def group(self) -> str:
+        """Both texts of a pair: the first may be one of a few (a topic, a product) that every example is about."""
+        return "\n".join(self.texts())
+
 
 @dataclass(frozen=True)
 class Sentiment(Task):
@@ -124,7 +128,7 @@ class Sentiment(Task):
     def model(self, backbone: Backbone, pretrained: bool, seed: int) -> PreTrainedModel:
         """The classifier; the head is drawn from the seed for both inits. Class names stand in its configuration."""
         names = dict(enumerate(backbone.classes))
-        changes: dict[str, Any] = {"num_labels": len(names), "id2label": names, "label2id": {c: i for i, c in names.items()}}
+        changes: dict[str, Any] = {"num_labels": len(names), "id2label": names, "label2id": {c: i for i, c in names.items()}, "problem_type": "single_label_classification"}
         if hasattr(backbone.config, "classifier_pooling") and not has_classifier(backbone.config):  # a trained head reads what it was trained on
             changes["classifier_pooling"] = "mean"
         model = backbone.build(AutoModelForSequenceClassification, pretrained, seed, **changes)

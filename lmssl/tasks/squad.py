@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lmssl.words import spaced
+
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -32,12 +34,12 @@ def exact_match(guess: str, golds: Sequence[str]) -> float:
 
 
 def f1(guess: str, golds: Sequence[str], empty_matches: bool = True) -> float:
-    """The best F1 over the answers between bags of normalised words.
+    """The best F1 over the answers between bags of normalised words; where a script has no spaces, of characters.
 
     Args:
         empty_matches: two empty bags score 1 (SQuAD 2.0); SQuAD 1.1 scores every empty bag 0.
     """
-    return max(_f1(normalised(guess).split(), normalised(gold).split(), empty_matches) for gold in golds)
+    return max(_f1(spaced(normalised(guess)).split(), spaced(normalised(gold)).split(), empty_matches) for gold in golds)
 
 
 def _f1(guess: list[str], gold: list[str], empty_matches: bool) -> float:
