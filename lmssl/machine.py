@@ -57,7 +57,7 @@ def same_bits(device: str) -> None:
 
 
 def draw_from(seed: int, device: torch.device) -> None:
-    """As `torch.manual_seed`, for the CPU and one kind of device. That of torch also asks each kind that is not there, a millisecond of every step."""
+    """As `torch.manual_seed`, for the CPU and one kind of device. That of torch also asks each kind that is not there, which takes time of every step."""
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         of_its_kind = torch.get_device_module(device)

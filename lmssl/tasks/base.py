@@ -224,11 +224,12 @@ class Backbone:
         What the checkpoint lacks (the head) is drawn from the seed for both.
         """
         config = type(self.config).from_dict(self.config.to_dict() | {"pad_token_id": self.pad} | changes)
+        eos = self.tokenizer.eos()
         torch.manual_seed(seed)
         try:
             if not pretrained:
                 model = auto.from_config(config, **models.attention(self.length)).float()
-                models.train_every_token(model, self.pad, self.tokenizer.vocab().eos)
+                models.train_every_token(model, self.pad, eos)
                 return model
             renamed = self._renamed(auto)
             keys = {"config": config, **models.attention(self.length), "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
@@ -241,7 +242,7 @@ class Backbone:
             if "ignore_mismatched_sizes" in str(error):
                 why = f"its weights are of other shapes than {auto.__name__.removeprefix('AutoModel')} has here, for example of a head for other classes"
             raise UserError(f"model.from: {self.source}: {why}") from error
-        models.train_every_token(model, self.pad, self.tokenizer.vocab().eos)
+        models.train_every_token(model, self.pad, eos)
         models.mark_drawn(model, info["missing_keys"])
         body = [name for name, _ in model.named_parameters() if name.startswith(f"{model.base_model_prefix}.")]
         drawn = models.drawn(model)

@@ -358,6 +358,7 @@ class Curve:
         self.trainer.accelerator.wait_for_everyone()  # no rank looks any more
         if damaged and self.first:
             shutil.rmtree(folder)
+        self.trainer.accelerator.wait_for_everyone()  # nor begins where those still lie
         self.trainer.run(point)
         return adapters.merge(model, method), args.max_steps
 

@@ -59,7 +59,7 @@ def generation_config(backbone: Backbone, made: PreTrainedModel, beams: int, lon
 def _warm_started(backbone: Backbone, pretrained: bool, seed: int) -> PreTrainedModel:
     encoder = backbone.build(AutoModel, pretrained, seed)
     config = decoder_config(backbone.config, backbone.length)
-    same, own = config.model_type == backbone.config.model_type, mix(seed, 1) >> 1  # the next seed's encoder is drawn from that
+    same, own = config.model_type == backbone.config.model_type, mix(seed, 1) >> 1  # from seed + 1 the next run's encoder is drawn
     if same:
         decoder = backbone.build(AutoModelForCausalLM, pretrained, own, is_decoder=True, add_cross_attention=True)
     else:
