@@ -109,7 +109,7 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
     ranks.check_same_folder(out, before.get("results"))
     if resume:
         runs.ledger.load(accept)
-        if runs.is_told_by(before) and not accept:
+        if runs.ledger.results and runs.is_told_by(before) and not accept:  # without a ledger nothing says of which recipe they are
             log.info("%s is finished; nothing to do", out)
             return before
     elif first and present:

@@ -87,6 +87,9 @@ def test_runs_are_not_scored_on_two_test_sets(backbone, files, tmp_path):
     with pytest.raises(UserError, match=r"task\.metric changed"):
         finetune(recipe(backbone, train, test, tmp_path / "out", metric="macro_f1"), resume=True, accept=("task.metric",), quiet=True)
     assert len(finetune(recipe(backbone, train, test, tmp_path / "out", seeds=2), resume=True, quiet=True)["results"]) == 4
+    (tmp_path / "out" / "progress.json").unlink()
+    again = finetune(recipe(backbone, train, other, tmp_path / "out", seeds=2, metric="macro_f1"), resume=True, quiet=True)
+    assert again["metric"] == "macro_f1", "metrics.json alone does not say of which recipe it is"
 
 
 def test_a_backbone_with_another_tokenizer_or_dropout_is_another(backbone, files, tmp_path):
