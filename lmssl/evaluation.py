@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from lmssl.data.stream import Collator, Stream
 from lmssl.objectives.base import IGNORE
-
-LOGITS = 2**28
-"""Logits held at a time, at most: 1 GiB in float32."""
+from lmssl.objectives.cross_entropy import LOGITS
 
 
 @torch.no_grad()

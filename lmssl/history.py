@@ -22,7 +22,6 @@ def leak_check(source: str, test: typing.Sequence[Any]) -> dict[str, Any]:
         {"checked": False, "reason"}, also where all are too short.
     """
     owners = [k for k, example in enumerate(test) for _ in example.texts()]
-    short = sum(not any(map(searchable, example.texts())) for example in test)
     found, seen = set[int](), set[Path]()
     folder: str | None = source
     while folder is not None:
@@ -38,6 +37,7 @@ def leak_check(source: str, test: typing.Sequence[Any]) -> dict[str, Any]:
         texts = tokenizer.round_trip([text for example in test for text in example.texts()])
         found |= {owners[i] for i in leaked(texts, token_set.texts())}
         folder = before
+    short = sum(not any(map(searchable, example.texts())) for example in test)
     if short == len(test):
         return {"checked": False, "reason": f"every test example has fewer than {SHORTEST} words, too few to be told from chance"}
     return {"checked": True, "test_examples": len(test), "leaked": len(found), "examples": [test[k].where for k in sorted(found)[:20]], "short": short}

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from lmssl.errors import UserError
 from lmssl.objectives.base import Family, Vocab
+from lmssl.objectives.cross_entropy import LOGITS
 
 TIE = 1e-5
 """Nats: log-likelihoods closer than this are a tie."""
-TOKENS, LOGITS = 2**14, 2**28
-"""Input tokens of one batch, padding included, and logits held at a time, at most."""
+TOKENS = 2**14
+"""Input tokens of one batch, padding included."""
 
 Row = tuple[list[int], list[int], int, int]
 """(input ids, decoder ids or [], position whose logits are read, token looked up) of one question to the model."""

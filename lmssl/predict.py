@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +47,8 @@ def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) 
     known = backbone.tokenizer.settings.get("model_max_length") or 0
     names = getattr(backbone.config, "id2label", None) if task.classes else None
     backbone = Backbone.load(checkpoint, known if 0 < known < 10**6 else None, [names[i] for i in sorted(names)] if names else ())
-    kind = getattr(backbone.config, "problem_type", None)
-    if task.classes and (kind in ("multi_label_classification", "regression") or len(backbone.classes) < 2):
-        what = "a number" if kind == "regression" or len(backbone.classes) < 2 else "any number of classes"
+    kind = "regression" if task.classes and len(backbone.classes) < 2 else getattr(backbone.config, "problem_type", None)
+    if what := task.classes and {"regression": "a number", "multi_label_classification": "any number of classes"}.get(kind or ""):
         raise UserError(f"{checkpoint}: answers with {what}, not with one of several classes; transformers' pipeline reads it as it was trained")
     model = task.model(backbone, True, 0)
     if drawn := models.drawn(model):
@@ -147,25 +146,27 @@ def predict(checkpoint: str, files: Sequence[str], *, task_name: str | None = No
     task, backbone, model = load(checkpoint, task_name, overrides)
     stream = examples(task, files)
     with tqdm(unit="input", disable=quiet or None, leave=False) as bar:
-        while True:
-            some, bad = _next(stream, CHUNK * batch)
-            for example, row in zip(some, task.predictions(model, backbone, some, batch) if some else (), strict=True):
+        for some in _chunks(stream, CHUNK * batch):
+            for example, row in zip(some, task.predictions(model, backbone, some, batch), strict=True):
                 yield {"where": example.where, **row}
             bar.update(len(some))
-            if bad is not None:
-                raise bad
-            if not some:
-                break
 
 
-def _next(stream: Iterator[Any], count: int) -> tuple[list[Any], UserError | None]:
-    """The next few examples, and what is wrong with the one behind them."""
+def _chunks(stream: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """So many examples at a time; those before a bad record come before its error."""
     some: list[Any] = []
     try:
-        some.extend(islice(stream, count))
-    except UserError as error:
-        return some, error
-    return some, None
+        for example in stream:
+            some.append(example)
+            if len(some) == size:
+                yield some
+                some = []
+    except UserError:
+        if some:
+            yield some
+        raise
+    if some:
+        yield some
 
 
 def write(rows: Iterator[dict[str, Any]], out: Path | None) -> None:

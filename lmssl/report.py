@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmssl import output, statistics
+from lmssl.data.contamination import GRAM, SHORTEST
 from lmssl.errors import UserError
 
 COLOURS = {"pretrained": "#1f77b4", "scratch": "#d62728", "held out": "#2ca02c", "training": "#7f7f7f", "tf-idf": "#9467bd"}
@@ -186,8 +187,8 @@ def leaks_in_words(leaks: dict[str, Any] | None) -> str:
     """The leak check of a result as a sentence."""
     if not leaks or not leaks["checked"]:
         return f"not made: {leaks['reason'] if leaks else 'an older run'}"
-    short = f" ({leaks['short']:,} have fewer than 8 words and were not looked for)" if leaks.get("short") else ""
-    return f"{leaks['leaked']:,} of {leaks['test_examples']:,} test examples share 13 words in a row with the pretraining text{short}"
+    short = f" ({leaks['short']:,} have fewer than {SHORTEST} words and were not looked for)" if leaks.get("short") else ""
+    return f"{leaks['leaked']:,} of {leaks['test_examples']:,} test examples share {GRAM} words in a row with the pretraining text{short}"
 
 
 def _rates(metrics: dict[str, Any]) -> str:

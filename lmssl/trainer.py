@@ -80,10 +80,10 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self._refuse_parts()
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.remove_callback(callback)
-        if args.torch_compile or args.device.type == "cuda":  # whose loss is compiled in any case
+        if args.torch_compile:
             machine.same_bits(args.device.type)
-        if args.torch_compile and args.device.type == "cuda":
-            lookups.in_order(model)
+            if args.device.type == "cuda":
+                lookups.in_order(model)
         # Measured now: a resumed run gets its optimizer when it already has its trained weights.
         self._sizes = sizes_of(model) if optimizer == "muon" else {}
         self.optimizer_kind, self.identity, self.quiet = optimizer, {**(identity or {}), "model": models.description(model.config, model)}, quiet
@@ -359,12 +359,13 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             self._check_weights(folder)
 
     def _check_weights(self, folder: Path) -> None:
-        state = self.accelerator.unwrap_model(self.model).state_dict()
+        model = self.accelerator.unwrap_model(self.model)
+        unsaved = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+        state = {name: value for name, value in model.state_dict().items() if name not in unsaved}
         memory: dict[int, list[str]] = {}
         for name, value in state.items():
             memory.setdefault(value.data_ptr(), []).append(name)
-        shapes, unsaved = {k: v.shape for k, v in state.items()}, set(getattr(self.accelerator.unwrap_model(self.model), "_keys_to_ignore_on_save", None) or ())
-        checkpoints.fits(folder, {k: v for k, v in shapes.items() if k not in unsaved}, {k: memory[v.data_ptr()] for k, v in state.items()})
+        checkpoints.fits(folder, {k: v.shape for k, v in state.items()}, {k: memory[v.data_ptr()] for k, v in state.items()})
 
     def resume_point(self, accept: tuple[str, ...] = ()) -> Path | None:
         """The newest whole checkpoint of this run; None where none was ever completed.

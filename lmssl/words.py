@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 import regex
 
@@ -42,6 +43,15 @@ def has_spaceless(text: str) -> bool:
     (True, False)
     """
     return not text.isascii() and _SPACELESS_LETTER.search(text) is not None
+
+
+def mostly_spaceless(texts: Sequence[str]) -> bool:
+    """Whether most of some texts hold characters of a script without spaces.
+
+    >>> mostly_spaceless(["東京", "京都", "Tokyo"]), mostly_spaceless(["東京", "Tokyo"])
+    (True, False)
+    """
+    return 2 * sum(map(has_spaceless, texts)) > len(texts)
 
 
 def spaced(text: str) -> str:

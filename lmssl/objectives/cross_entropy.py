@@ -22,6 +22,8 @@ CHUNK = {"cpu": 2**20, "cuda": 2**26}
 """Logits worked on in float32 at a time: on a CPU 4 MiB, which the caches of a few cores hold."""
 PROJECTED, FEWEST = {"cpu": 2**22, "cuda": 2**28}, 128
 """Logits projected at a time, on a CPU 8 MiB in bfloat16; but FEWEST rows at least, fewer make poor matrix products."""
+LOGITS = 2**28
+"""Logits held whole at a time, at most, where nothing is trained: 1 GiB in float32."""
 ALIGNED = {"cpu": 1, "cuda": 64}
 """Columns that logits are filled up to a multiple of: a GPU multiplies matrices of odd sizes at a third of its speed."""
 LOG2E = 1 / math.log(2)
@@ -62,7 +64,7 @@ def _to_slopes(logits: Tensor, columns: int, targets: Tensor, factors: Tensor, i
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    machine.same_bits("cuda")  # what the probe compiles before there is a trainer is kept for the run
+    machine.same_bits("cuda")  # here, since what the probe compiles before there is a trainer is kept for the run, and a run that is not compiled has this
     return torch.compile(function)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmssl.tasks.base import Task
-from lmssl.words import has_spaceless, words
+from lmssl.words import mostly_spaceless, words
 
 GRID = (0.1, 1.0, 10.0, 100.0, 1000.0)
 """Inverse regularisation strengths."""
@@ -45,14 +45,14 @@ def tfidf(train: Sequence[Any], test: Sequence[Any], task: Task) -> dict[str, fl
 
     labels = [e.label for e in train]
     folds = min(5, *(labels.count(c) for c in set(labels)))
-    spaceless = 2 * sum(has_spaceless(text(e)) for e in train) > len(train)
-    how: dict[str, Any] = {"tokenizer": words, "token_pattern": None} if spaceless else {}
+    texts = [text(e) for e in train]
+    how: dict[str, Any] = {"tokenizer": words, "token_pattern": None} if mostly_spaceless(texts) else {}
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, **how), LogisticRegression(max_iter=2000))
     if folds > 1:
         scoring = "f1_macro" if task.metric == "macro_f1" else None
         model = GridSearchCV(model, {"logisticregression__C": GRID}, cv=StratifiedKFold(folds, shuffle=True, random_state=0), scoring=scoring)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.fit([text(e) for e in train], labels)
+        model.fit(texts, labels)
     chosen = model.best_params_["logisticregression__C"] if folds > 1 else 1.0
     return {"score": task.scores([e.label for e in test], model.predict([text(e) for e in test]).tolist())[task.metric], "C": chosen}

@@ -46,8 +46,8 @@ def identity_of(task: Task, backbone: Backbone, train: Sequence[Any], test: Sequ
 def _content(examples: Sequence[Any]) -> str:
     digest = hashlib.sha256()
     for example in examples:
-        # A question without an id has its place for one.
-        digest.update(json.dumps({k: v for k, v in dataclasses.asdict(example).items() if k != "where" and not (k == "id" and v == example.where)}, sort_keys=True).encode())
+        # Not where it stands, which is also the id of a question without one.
+        digest.update(json.dumps({k: v for k, v in dataclasses.asdict(example).items() if v != example.where}, sort_keys=True).encode())
     return f"{len(examples)} examples, sha256 {digest.hexdigest()[:16]}"
 
 

@@ -20,7 +20,7 @@ from lmssl.errors import UserError
 from lmssl.tasks import generation
 from lmssl.tasks.base import Backbone, Example, Item, Task
 from lmssl.tokenization import Tokenizer
-from lmssl.words import has_spaceless
+from lmssl.words import mostly_spaceless
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def _metrics() -> Any:
 def bleu_and_chrf(written: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
     """Corpus BLEU and chrF2 as fractions, with sacrebleu's signatures; BLEU of characters where most references have no spaces between words."""
     library, scores = _metrics(), dict[str, Any]()
-    by_character = {"tokenize": "char"} if 2 * sum(map(has_spaceless, references)) > len(references) else {}
+    by_character = {"tokenize": "char"} if mostly_spaceless(references) else {}
     for name, metric in (("bleu", library.BLEU(**by_character)), ("chrf", library.CHRF())):
         scores[name] = metric.corpus_score(list(written), [list(references)]).score / 100
         scores[f"{name}_signature"] = str(metric.get_signature())

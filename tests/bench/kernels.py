@@ -28,7 +28,7 @@ WARM, TIMED, PROFILED = 8, 10, 5
 
 
 class Watch(TrainerCallback):
-    """Times some steps, profiles the next, says what it saw and ends the process."""
+    """Times some steps, profiles the next, says what it saw and ends the training."""
 
     def __init__(self, name: str):
         self.name, self.facts, self.steps, self.gpu = name, dict[str, Any](), 0, torch.cuda.is_available()
@@ -40,7 +40,7 @@ class Watch(TrainerCallback):
         return time.perf_counter()
 
     def begin(self) -> bool:
-        """Before a step."""
+        """Before a step; True where no step is wanted any more."""
         self.steps += 1
         if self.steps == WARM:
             self.begun = self._now()
@@ -51,8 +51,7 @@ class Watch(TrainerCallback):
             profiled = (self._now() - self.begun) / PROFILED
             self.profile.__exit__(None, None, None)
             self._say(profiled)
-            os._exit(0)  # its workers with it
-        return False
+        return self.steps >= WARM + TIMED + PROFILED
 
     def _say(self, profiled: float) -> None:
         spent = "self_device_time_total" if self.gpu else "self_cpu_time_total"
@@ -62,13 +61,12 @@ class Watch(TrainerCallback):
         print(json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in line.items()}))
         for milliseconds, calls, name in kernels[:40]:
             print(f"{milliseconds:9.3f} {calls:7.1f} x {name[:150]}")
-        print(end="", flush=True)
 
     def end(self) -> None:
         """After a step."""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begin()
+        control.should_training_stop |= self.begin()
 
 
 def main() -> None:
@@ -84,12 +82,14 @@ def main() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     rows, length = throughput.SIZES.get(options.shape, {}).get(options.kind, (options.rows, options.length))
     watch = Watch(f"kernels {options.side} {options.kind} {options.shape}")
-    tokens = Path(tempfile.mkdtemp()) / "tokens"
-    from_iterable(texts(REVIEWS, 4000), load_tokenizer(TOKENIZER), tokens, 0.02)
-    if options.side == "ours":
-        ours(watch, options.kind, options.shape, str(tokens), length, rows, 10**6, throughput.ADAMW | {"batch": "given"})
-    else:
-        stock(watch, options.kind, options.shape, str(tokens), length, rows, 10**6)
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = Path(folder) / "tokens"
+        from_iterable(texts(REVIEWS, 4000), load_tokenizer(TOKENIZER), tokens, 0.02)
+        given = (watch, options.kind, options.shape, str(tokens), length, rows, 10**6)
+        if options.side == "ours":
+            ours(*given, throughput.ADAMW | {"batch": "given"})
+        else:
+            stock(*given)
 
 
 if __name__ == "__main__":
