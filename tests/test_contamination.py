@@ -7,6 +7,7 @@ import unicodedata
 
 import pytest
 
+import lmssl
 from lmssl import tokenization
 from lmssl.cli import run
 from lmssl.data import contamination, tokens
@@ -14,7 +15,7 @@ from lmssl.data.contamination import GRAM, Grams
 from lmssl.errors import UserError
 from lmssl.history import leak_check
 from lmssl.tasks.base import Example
-from tests.helpers import sentences, tokenizer
+from tests.helpers import SMALL, sentences, tokenizer
 
 
 def words(count, seed):
@@ -170,3 +171,18 @@ def test_a_bad_path_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(UserError, match=r"data\.decontaminate: no such file"):
         tokens.prepare(str(tmp_path), tokenizer(), 0.1, str(tmp_path / "x.txt"))
+
+
+def test_texts_too_short_to_be_looked_for_are_counted(corpus_file, tmp_path):
+    made = {
+        "data": {"text": str(corpus_file), "tokenizer": "tokenizer_assets/bpe-8k", "seq_length": 32, "held_out": 0.1},
+        "model": {"architecture": "llama", **SMALL["llama"]},
+        "objective": {"name": "next_token"},
+        "trainer": {"output_dir": str(tmp_path / "run"), "max_steps": 1},
+    }
+    lmssl.pretrain(lmssl.PretrainRecipe.of(made), quiet=True)
+    short, long = Example("book a table", "", "a:1"), Example(" ".join(f"word{n}" for n in range(9)), "", "a:2")
+    assert leak_check(str(tmp_path / "run"), [short, long])["short"] == 1
+    told = leak_check(str(tmp_path / "run"), [short, short])
+    assert not told["checked"]
+    assert "fewer than 8 words" in told["reason"]

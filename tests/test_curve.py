@@ -1,6 +1,7 @@
 """Nine cells: three tasks, three families, each with its twin, its saved checkpoint and its predictions."""
 
 import json
+import logging
 import sys
 
 import numpy as np
@@ -17,6 +18,7 @@ from lmssl.recipe import FinetuneRecipe
 from lmssl.runs import curve_of, finetune
 from lmssl.tasks import base, baseline, curve, make_task
 from lmssl.tasks.curve import Run
+from lmssl.tasks.sentiment import Labelled
 from tests.helpers import saved_backbone, token_set
 
 ARCHITECTURE = {"decoder": "llama", "encoder": "bert", "encoder-decoder": "t5"}
@@ -215,3 +217,20 @@ def test_an_epoch_is_all_that_is_trained_on(data, backbones, tmp_path):
     windows = sum(len(shot.items) for shot in curve._few(0)[:20])
     assert windows > 20
     assert curve.steps(Run(20, "scratch", 0)) == -(-2 * windows // 4)
+
+
+def test_pairs_about_a_few_topics_are_split_by_both_texts(tmp_path, caplog):
+    """Of stances to two topics, each topic is the first text of half of all examples."""
+    rows = [{"text_a": f"topic {n % 2}", "text_b": f"post {n}", "label": n % 3} for n in range(60)]
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    for path, some in ((train, rows), (test, rows[:10])):
+        path.write_text("".join(json.dumps(row) + "\n" for row in some))
+    task = make_task({"name": "sentiment", "text_a": "text_a", "text_b": "text_b"})
+    with caplog.at_level(logging.INFO, "lmssl"):
+        left, held = curve.labelled(task, str(train), str(test))
+    assert (len(left), len(held)) == (50, 10)
+    assert "10 examples of data.train are in data.test, too" in caplog.text
+    left, held = curve.labelled(task, str(train), 12)
+    assert (len(left), len(held)) == (48, 12)
+    assert {e.text for e in held} == {"topic 0", "topic 1"}
+    assert base.Example("one text", "", "").group() == Labelled("one text", "", "").group(), "as pretraining holds texts out"

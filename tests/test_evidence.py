@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -270,3 +271,10 @@ def test_whole_numbers_are_the_rows_of_the_head(caplog):
     assert "of 12 classes 2 have no test example, and no score tells of them: 10, 11" in caplog.text
     assert "data.test: 10 examples are few to judge by: each is 10.0 points" in caplog.text
     assert curve.counted(examples).startswith("240 examples (0: 20, 1: 20, 2: 20")
+
+
+def test_the_baseline_reads_text_without_spaces():
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    examples = [Labelled("".join(rng.choice(list("这部电影的故事和音乐"), 12)) + ("很好看" if n % 2 else "真无聊") + "。", str(n % 2), f"x:{n}") for n in range(80)]
+    assert baseline.tfidf(examples[:30], examples[30:], tasks.make_task({"name": "sentiment"}))["score"] > 0.95

@@ -10,10 +10,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lmssl import checkpoints
+from lmssl.arguments import OWNED_BY_TASKS, finetune_defaults, resolve
 from lmssl.cli import run
 from lmssl.errors import Diverged, Interrupted, UserError
 from lmssl.recipe import FinetuneRecipe
-from lmssl.runs import finetune
+from lmssl.runs import curve_of, finetune
 from lmssl.tasks import ledger
 from lmssl.tasks.curve import Curve
 from lmssl.trainer import ExactTrainer
@@ -243,3 +244,80 @@ def test_a_curve_does_not_go_on_with_other_weights_or_other_data(sections, tmp_p
         again()
     data.write_text("\n".join(rows))
     again()
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def backbone(shared_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    saved_backbone("llama", token_set(shared_dir), folder, 64)
+    return folder
+
+
+def recipe(backbone, train, test, out, **task):
+    trainer = {"output_dir": str(out), "max_steps": 2, "bf16": False, "per_device_train_batch_size": 4}
+    return FinetuneRecipe.of(
+        {
+            "task": {"name": "sentiment", "labels": [8], "seeds": 1, **task},
+            "data": {"train": str(train), "test": str(test), "max_length": 64},
+            "model": {"from": str(backbone)},
+            "trainer": trainer,
+        }
+    )
+
+
+@pytest.fixture
+def files(tmp_path):
+    made = [[{"text": f"the film {name} {n} was {('bad', 'good')[n % 2]}", "label": n % 2} for n in range(30)] for name in ("a", "b", "c")]
+    return [lines(tmp_path / f"{name}.jsonl", rows) for name, rows in zip(("train", "test", "other"), made, strict=True)]
+
+
+def test_runs_are_not_scored_on_two_test_sets(backbone, files, tmp_path):
+    """More seeds on another test set would be paired and averaged with what the first one gave."""
+    train, test, other = files
+    finetune(recipe(backbone, train, test, tmp_path / "out"), quiet=True)
+    for accept in ((), ("data.test",)):
+        with pytest.raises(UserError, match=r"data\.test changed: the finished runs were scored by"):
+            finetune(recipe(backbone, train, other, tmp_path / "out", seeds=2), resume=True, accept=accept, quiet=True)
+    with pytest.raises(UserError, match=r"task\.metric changed"):
+        finetune(recipe(backbone, train, test, tmp_path / "out", metric="macro_f1"), resume=True, accept=("task.metric",), quiet=True)
+    assert len(finetune(recipe(backbone, train, test, tmp_path / "out", seeds=2), resume=True, quiet=True)["results"]) == 4
+    (tmp_path / "out" / "progress.json").unlink()
+    again = finetune(recipe(backbone, train, other, tmp_path / "out", seeds=2, metric="macro_f1"), resume=True, quiet=True)
+    assert again["metric"] == "macro_f1", "metrics.json alone does not say of which recipe it is"
+
+
+def test_a_backbone_with_another_tokenizer_or_dropout_is_another(backbone, files, tmp_path):
+    train, test, _ = files
+    folder = tmp_path / "backbone"
+    shutil.copytree(backbone, folder)
+    finetune(recipe(folder, train, test, tmp_path / "out"), quiet=True)
+    path = folder / "config.json"
+    whole = path.read_text()
+    path.write_text(json.dumps(json.loads(whole) | {"attention_dropout": 0.5}))
+    with pytest.raises(UserError, match=r"model\.settings changed"):
+        finetune(recipe(folder, train, test, tmp_path / "out", seeds=2), resume=True, quiet=True)
+    path.write_text(json.dumps(json.loads(whole) | {"transformers_version": "5.99"}))
+    finetune(recipe(folder, train, test, tmp_path / "out", seeds=2), resume=True, quiet=True)
+
+
+def test_questions_without_ids_may_move(backbone, tmp_path):
+    rows = [{"context": f"the film {n} was good", "question": "how was it", "answers": {"text": ["good"], "answer_start": [len(f"the film {n} was ")]}} for n in range(24)]
+    (tmp_path / "moved").mkdir()
+
+    def identity(path):
+        made = FinetuneRecipe.of(
+            {
+                "task": {"name": "qa", "labels": [4]},
+                "data": {"train": str(lines(path, rows)), "test": 4, "max_length": 64},
+                "model": {"from": str(backbone)},
+                "trainer": {"output_dir": "x"},
+            }
+        )
+        return curve_of(made, resolve(made.trainer, finetune_defaults(), OWNED_BY_TASKS), True).ledger.identity
+
+    assert identity(tmp_path / "a.jsonl") == identity(tmp_path / "moved" / "b.jsonl")

@@ -91,3 +91,27 @@ def test_the_command(shared_dir, tmp_path, capsys):
     error = capsys.readouterr().err
     assert ":1: no column 'sentence_bad'" in error
     assert "columns of BLiMP" in error
+
+
+def test_overrides_of_minimal_pairs_are_refused(shared_dir, tmp_path, capsys):
+    backbone, path = tmp_path / "backbone", tmp_path / "pairs.jsonl"
+    saved_backbone("llama", token_set(shared_dir), backbone, 64)
+    path.write_text(json.dumps({"sentence_good": "a film", "sentence_bad": "film a"}) + "\n")
+    assert run(["evaluate", str(backbone), "--pairs", str(path), "trainer.x=1"]) == 2
+    assert "would change nothing" in capsys.readouterr().err
+
+
+def test_likelihoods_do_not_depend_on_the_batch(shared_dir, monkeypatch):
+    tokens = token_set(shared_dir)
+    ids = [tokens.vocab().ordinary[begin : begin + 3 + begin % 5] for begin in range(0, 60, 4)]
+    for architecture in ("llama", "bert", "t5", "bart"):
+        model = small_model(architecture, tokens.vocab())
+        family, by = models.family_of(model.config), "mask" if architecture == "bart" else "sentinel"
+        found = []
+        for most in (2**28, 16 * tokens.vocab().size, 1):
+            monkeypatch.setattr(likelihood, "LOGITS", most)
+            rows = []
+            found.append(likelihood.log_likelihoods(model, family, ids, tokens.vocab(), by, rows.append))
+            assert most > 1 or set(rows) == {1}
+        for other in found[1:]:
+            assert np.allclose(found[0], other, atol=1e-4), architecture

@@ -141,3 +141,10 @@ def test_full_memory_is_known_on_every_device(error):
 def test_the_evidence_names_the_device_of_the_run():
     assert output.environment("mps")["device"].startswith("mps of ")
     assert output.environment("cpu")["device"] == output.environment(torch.device("cpu"))["device"]
+
+
+def test_dropout_draws_what_torch_would_draw():
+    torch.manual_seed(2**40 + 3)
+    expected = torch.rand(5)
+    machine.draw_from(2**40 + 3, torch.device("cpu"))
+    assert torch.equal(torch.rand(5), expected)

@@ -1,5 +1,6 @@
 """Isolation of packed documents, sizes from the tokenizer, and checkpoints that stock transformers loads and trains."""
 
+import dataclasses
 import subprocess
 import sys
 from itertools import pairwise
@@ -17,7 +18,9 @@ from lmssl.errors import UserError
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
 from lmssl.objectives.toy import vocab
 from lmssl.optimizers import muon_groups
-from tests.helpers import OBJECTIVE, SMALL, arguments, sentences, small_model, token_set, tokenizer
+from lmssl.tasks import generation, make_task
+from lmssl.tasks.base import Backbone
+from tests.helpers import OBJECTIVE, SMALL, apart, arguments, saved_backbone, sentences, small_model, token_set, tokenizer
 
 VOCAB = vocab(64)
 
@@ -298,3 +301,49 @@ def test_continue_grows_the_embeddings(tmp_path):
     assert table.shape[0] == 80
     mean = table[:64].mean(0)
     assert (table[64:] - mean).norm(dim=1).max() < 0.1 * mean.norm() + 0.1 * table[:64].std()
+
+
+def test_twins_of_neighbouring_seeds_share_no_weights(shared_dir, tmp_path):
+    saved_backbone("bert", token_set(shared_dir), tmp_path, 64)
+    loaded = Backbone.load(str(tmp_path))
+    first, second = (generation.model(loaded, False, seed, 1) for seed in (0, 1))
+    ours, theirs = first.decoder.get_input_embeddings().weight, second.encoder.get_input_embeddings().weight
+    assert not torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("init", ["default", "local"])
+def test_a_token_that_is_also_padding_learns(init, shared_dir):
+    """Of a tokenizer without pad, padding is eos: with bos the same, the token that begins every document."""
+    vocab = dataclasses.replace(token_set(shared_dir).vocab(), pad=token_set(shared_dir).vocab().eos)
+    model = small_model("llama", vocab, init=init)
+    table = model.get_input_embeddings()
+    assert table.weight[vocab.eos].norm() > 0.2 * table.weight.norm(dim=1).median()
+    model(input_ids=torch.tensor([[vocab.eos, 300, vocab.eos]])).logits.square().sum().backward()
+    assert table.weight.grad[vocab.eos].abs().sum() > 0
+    real = small_model("llama", token_set(shared_dir).vocab(), init=init)
+    assert real.get_input_embeddings().padding_idx == token_set(shared_dir).vocab().pad
+
+
+def test_fine_tuning_trains_it_too(shared_dir, tmp_path):
+    vocab = dataclasses.replace(token_set(shared_dir).vocab(), pad=token_set(shared_dir).vocab().eos)
+    small_model("llama", vocab).save_pretrained(tmp_path)
+    token_set(shared_dir).tokenizer.save(tmp_path)
+    loaded = Backbone.load(str(tmp_path), classes=("a", "b"))
+    assert loaded.config.pad_token_id == vocab.eos
+    for pretrained in (True, False):
+        assert make_task({"name": "sentiment"}).model(loaded, pretrained, 0).get_input_embeddings().padding_idx is None
+
+
+def test_mpnet_counts_positions_as_transformers_does(shared_dir):
+    vocab = token_set(shared_dir).vocab()
+    section = {"architecture": "mpnet", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = models.build(section, vocab, MaskedTokens(), 32, 0).eval()
+    assert models.position_offset(model) == 2
+    assert models.max_length(model.config) == 32
+    ids = torch.from_numpy(vocab.ordinary[None, :32]).long()
+    with torch.no_grad():
+        theirs = model(input_ids=ids).logits
+        ours = forward.prepare(model)(input_ids=ids, segments=torch.ones_like(ids)).logits
+    assert apart(ours, theirs) < 1e-5
+    with pytest.raises(UserError, match="numbers positions from the pad id on, which is 300"):
+        models.build({"architecture": "roberta", **SMALL["roberta"]}, dataclasses.replace(vocab, pad=300), OBJECTIVE["roberta"], 32, 0)

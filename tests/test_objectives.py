@@ -13,6 +13,8 @@ from lmssl.errors import UserError
 from lmssl.objectives import OBJECTIVES, Infilling, MaskedTokens, NextToken, SpanCorruption, fields_of, make
 from lmssl.objectives.base import Row
 from lmssl.objectives.toy import vocab
+from lmssl.pretraining import PretrainTrainer
+from tests.helpers import arguments, small_model, token_set
 
 VOCAB = vocab(1000, 100)
 ALL = [
@@ -327,3 +329,31 @@ class Half:
 def test_senseless_values_are_refused(fields):
     with pytest.raises(ValueError):
         MaskedTokens(**fields)
+
+
+def test_a_document_of_more_spans_than_sentinels_is_corrupted_all_over():
+    small, length = vocab(sentinels=10), 600
+    row = Row(np.full(length, 7), np.ones(length, int))
+    out = SpanCorruption()(row, small, np.random.default_rng(0))
+    at = np.flatnonzero(np.isin(out["input_ids"], small.sentinels))
+    assert len(at) == 10
+    assert at[0] < length / 4
+    assert at[-1] > len(out["input_ids"]) * 3 / 4
+    assert len(out["input_ids"]) + len(out["labels"]) == length + 2 * 10 + 1
+    assert "30 spans, the tokenizer 10 sentinels: 67%" in SpanCorruption().doubt(SpanCorruption().expected(600)[0], small)
+    assert SpanCorruption().doubt(128, vocab(size=200, sentinels=100)) is None
+
+
+def test_a_run_of_such_rows_is_warned_of(shared_dir, tmp_path, caplog):
+    tokens = token_set(shared_dir)
+    PretrainTrainer(small_model("t5", tokens.vocab(), 64), SpanCorruption(rate=0.5, mean_span=1.0), tokens, arguments(tmp_path), 64, quiet=True)
+    assert "sentinels" not in caplog.text
+    PretrainTrainer(small_model("t5", tokens.vocab(), 512), SpanCorruption(rate=0.5, mean_span=1.0), tokens, arguments(tmp_path), 512, quiet=True)
+    assert "100 sentinels" in caplog.text
+
+
+def test_a_document_is_never_deleted_whole():
+    row = Row(np.array([7, 8, 9, 1, 10, 11, 1]), np.array([1, 1, 1, 1, 2, 2, 2]))
+    out = Infilling(rate=0.0, permute=0.0, delete_rate=1.0)(row, vocab(), np.random.default_rng(0))
+    assert out["input_ids"].tolist() == [7, 1, 10, 1]
+    assert set(out["segments"].tolist()) == {1, 2}

@@ -12,9 +12,11 @@ from transformers import AutoModelForSequenceClassification
 from lmssl import predict
 from lmssl.cli import run
 from lmssl.errors import UserError
+from lmssl.tasks import make_task
+from lmssl.tasks.base import Backbone
 from lmssl.tasks.qa import QuestionAnswering
 from lmssl.tasks.sentiment import Sentiment
-from tests.helpers import small_model, token_set
+from tests.helpers import saved_backbone, small_model, token_set
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +155,41 @@ def test_a_file_may_be_called_as_an_override_begins(classifier, tmp_path, monkey
     (tmp_path / "task.txt").write_text("a film\n")
     assert run(["predict", str(classifier), "task.txt", "--task", "sentiment"]) == 0
     assert json.loads(capsys.readouterr().out)["where"] == "task.txt:1"
+
+
+@pytest.mark.parametrize("batch", ["1", "8"])
+def test_predictions_before_a_bad_record_are_kept(classifier, batch, tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": f"film {n}"}) + "\n" for n in range(21)) + "{bad\n")
+    assert run(["predict", str(classifier), str(path), "--task", "sentiment", "--batch", batch, "--out", str(tmp_path / "out.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert "x.jsonl:22" in error
+    assert "the predictions before it are in" in error
+    assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 21
+
+
+@pytest.mark.parametrize(("keys", "what"), [({"problem_type": "multi_label_classification"}, "any number of classes"), ({"problem_type": "regression"}, "a number")])
+def test_what_no_single_class_answers_is_refused(classifier, keys, what, tmp_path, capsys):
+    shutil.copytree(classifier, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    (tmp_path / "x.txt").write_text("a film\n")
+    assert run(["predict", str(tmp_path / "model"), str(tmp_path / "x.txt"), "--task", "sentiment"]) == 2
+    assert f"answers with {what}" in capsys.readouterr().err
+
+
+def test_a_head_of_classes_says_so(classifier):
+    task = make_task({"name": "sentiment"})
+    loaded = Backbone.load(str(classifier.parent / "backbone"), classes=("bad", "good"))
+    loaded.config.problem_type = "multi_label_classification"
+    assert task.model(loaded, True, 0).config.problem_type == "single_label_classification"
+
+
+def test_how_a_decoder_of_somebody_else_s_is_asked_is_not_guessed(shared_dir, tmp_path, capsys):
+    backbone = tmp_path / "backbone"
+    saved_backbone("llama", token_set(shared_dir), backbone, 64)
+    (tmp_path / "x.txt").write_text("a film\n")
+    assert run(["predict", str(backbone), str(tmp_path / "x.txt"), "--task", "translation"]) == 2
+    assert "cannot know what stands between an input and its answer" in capsys.readouterr().err
+    with pytest.raises(UserError, match="cannot know"):
+        predict.load(str(backbone), "translation")

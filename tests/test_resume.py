@@ -1,5 +1,6 @@
 """What a run goes on from, and with: the item of the stream, the settings of today, a folder whose old run is removed in time."""
 
+import dataclasses
 import json
 import math
 
@@ -14,10 +15,11 @@ from lmssl.cli import run
 from lmssl.data.stream import Stream
 from lmssl.errors import Stopped, UserError
 from lmssl.history import leak_check
-from lmssl.objectives import MaskedTokens
+from lmssl.objectives import Infilling, MaskedTokens
+from lmssl.pretraining import PretrainTrainer
 from lmssl.runs import pretrain
 from lmssl.tasks.base import Example
-from tests.helpers import arguments, small_model, token_set
+from tests.helpers import SMALL, arguments, small_model, token_set
 from tests.test_trainer import LENGTH, At, recipe_of, trainer_of, weights
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -333,3 +335,38 @@ def test_ranks_that_do_not_seal_know_the_last_checkpoint_too(shared_dir, tmp_pat
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
     trainer._known_good.clear()
     assert f"the last good checkpoint is {tmp_path / 'checkpoint-2'}" in str(trainer.stopped("nothing"))
+
+
+def test_marian_goes_on_from_its_checkpoint(shared_dir, tmp_path):
+    """Its positions are parameters that are never saved."""
+    section = SMALL["bart"] | {"architecture": "marian"}
+    keys = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    tokens, done = token_set(shared_dir), []
+    for resume in (False, True):
+        model = models.build(section, tokens.vocab(), Infilling(), LENGTH, 0)
+        trainer = PretrainTrainer(model, Infilling(), tokens, arguments(tmp_path, **keys), LENGTH, quiet=True)
+        if resume:
+            (tmp_path / "checkpoint-4").rename(tmp_path / "away")
+        trainer.run(trainer.resume_point() if resume else None)
+        done.append(model.state_dict())
+    assert all(torch.equal(value, done[1][name]) for name, value in done[0].items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed(MaskedTokens):
+    """Somebody's own objective, with a field that JSON does not have."""
+
+    mix: tuple[float, float] = (0.5, 0.5)
+
+
+def test_fields_of_an_objective_of_one_s_own_survive_a_resume(shared_dir, tmp_path):
+    tokens, keys = token_set(shared_dir), {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+
+    def made():
+        return PretrainTrainer(small_model("bert", tokens.vocab()), Mixed(), tokens, arguments(tmp_path, **keys), LENGTH, quiet=True)
+
+    made().run()
+    again = made()
+    assert again.resume_point().name == "checkpoint-2"
+    with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
+        again.run()

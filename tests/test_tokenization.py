@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import transformers
 
+import lmssl
 from lmssl import tokenization
 from lmssl.errors import UserError
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
@@ -176,3 +177,9 @@ def test_foreign_tokenizer_is_refused_with_the_fix_and_completed(tmp_path):
 def test_refusals(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_a_tokenizer_without_eos_is_refused_from_python(tmp_path):
+    plain = tokenization.Tokenizer(tokenizer().backend, {k: v for k, v in tokenizer().roles.items() if k != "eos"}, [], {}, "mine")
+    with pytest.raises(UserError, match="mine has no eos token"):
+        lmssl.from_iterable(["a film"], plain, tmp_path / "tokens", 0.0)

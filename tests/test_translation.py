@@ -11,7 +11,7 @@ import torch
 
 from lmssl.errors import UserError
 from lmssl.objectives.cross_entropy import token_loss
-from lmssl.tasks import generation
+from lmssl.tasks import generation, squad
 from lmssl.tasks.base import Backbone, Few
 from lmssl.tasks.translation import Pair, Translation, bleu_and_chrf
 from lmssl.trainer import ExactTrainer
@@ -131,3 +131,13 @@ def test_verses(tmp_path):
     for bad, message in [("verses://kjv", "no verses called"), ("verses://kjv-web@dev", "did you mean")]:
         with pytest.raises(UserError, match=message):
             corpus.resolve(bad)
+
+
+def test_translations_and_answers_without_spaces_are_judged_by_characters():
+    pytest.importorskip("sacrebleu")
+    close, far = (bleu_and_chrf([text], ["这部电影的故事很好"]) for text in ("这部电影的故事真好", "天气预报明天有雨吗"))
+    assert close["bleu"] > 0.4 > far["bleu"]
+    assert "tok:char" in close["bleu_signature"]
+    assert "tok:13a" in bleu_and_chrf(["a film"], ["a film"])["bleu_signature"]
+    assert squad.f1("北京市", ["北京"]) == pytest.approx(0.8)
+    assert squad.f1("the film", ["a film"]) == 1.0
