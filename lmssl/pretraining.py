@@ -80,7 +80,8 @@ class PretrainTrainer(ExactTrainer):
         kernel = collator.most_documents is not None
         if doubt := getattr(objective, "doubt", lambda *_: None)(length, stream.vocab):
             log.warning(doubt)
-        identity = train_dataset.identity | {"objective": section, "seed": args.seed, "batch": batch, "seq_length": length, "threads": torch.get_num_threads()}
+        rows_of = {} if stream.row_length == length else {"row_length": stream.row_length}
+        identity = train_dataset.identity | {"objective": section | rows_of, "seed": args.seed, "batch": batch, "seq_length": length, "threads": torch.get_num_threads()}
         identity |= {
             "bf16": bool(args.bf16),
             "fp16": bool(args.fp16),

@@ -26,8 +26,8 @@ log = logging.getLogger("lmssl")
 
 WORTH = 300.0
 """Seconds of training from which on compilation, a minute at most and a third of every step, pays."""
-BETTER = 0.97
-"""Of the time of larger micro-batches that a smaller one must need less than: fewer parts are preferred."""
+BETTER = 0.9
+"""Of the time of larger micro-batches that a smaller one must need less than: fewer parts are preferred, and on a busy machine timings differ by as much."""
 SMALLEST = 1024
 """Tokens of a micro-batch below which matrix products are too small to be worth a try, unless nothing larger fits."""
 

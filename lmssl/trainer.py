@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from lmssl import arguments, checkpoints, lookups, machine, models, ranks
+from lmssl import activations, arguments, checkpoints, lookups, machine, models, ranks
 from lmssl.arguments import FEWER_ROWS, WHOLE
 from lmssl.data.stream import Onwards, Stream, count_tokens
 from lmssl.errors import Interrupted, Stopped, UserError, fitting, refused, written
@@ -80,6 +80,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self._refuse_parts()
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.remove_callback(callback)
+        if args.device.type == "cpu":
+            activations.quicker(model)
         if args.torch_compile:
             machine.same_bits(args.device.type)
             if args.device.type == "cuda":

@@ -23,6 +23,7 @@ FLOORS = {
     "data": 1,
     "packing": 1,
     "lookups": 0,
+    "activations": 0,
     "models": 1,
     "forward": 2,
     "checkpoints": 1,

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmssl.data.stream import Collator, generator
+from lmssl import from_iterable, load_tokenizer
+from lmssl.data.stream import Collator, Stream, generator, two_lengths
 from lmssl.errors import UserError
 from lmssl.objectives import OBJECTIVES, Infilling, MaskedTokens, NextToken, SpanCorruption, fields_of, make
 from lmssl.objectives.base import Row
+from lmssl.objectives.denoising import ROOM
 from lmssl.objectives.toy import vocab
 from lmssl.pretraining import PretrainTrainer
 from tests.helpers import arguments, small_model, token_set
@@ -210,10 +212,29 @@ def test_span_corruption_statistics():
 def test_span_corruption_arithmetic_is_t5s():
     for length, raw, target in [(512, 568, 114), (256, 284, 58), (128, 141, 29)]:
         objective = SpanCorruption()
-        expected = objective.expected(objective.row_length(length))
-        assert expected[0] <= length < objective.expected(objective.row_length(length) + 1)[0]
-        if length == 512:
-            assert (objective.row_length(length), expected[1]) == (raw, target)
+        assert objective.expected(raw) == (length, target)
+        # A row leaves room for borders of documents.
+        assert objective.expected(objective.row_length(length))[0] == length - ROOM
+        assert objective.expected(objective.row_length(length) + 1)[0] > length - ROOM
+
+
+@pytest.mark.parametrize("words", [4, 300])
+def test_a_run_pads_to_what_its_text_needs(shared_dir, words):
+    """Span corruption of short and of long documents: little padding, the bound behind it, and the same for who asks again."""
+    texts = (" ".join(f"word{i * k % 97}" for k in range(words)) for i in range(1, 2000 // words + 20))
+    tokens = from_iterable(texts, load_tokenizer("tokenizer_assets/bpe-8k"), shared_dir / f"pads-{words}", 0.02)
+    stream = Stream(tokens, SpanCorruption(), LENGTH, 0, 64)
+    chosen, offered = two_lengths(stream, LENGTH), SpanCorruption().lengths(LENGTH)
+    items = [stream[i] for i in range(64)]
+    for name, arrays in (("input_ids", ("input_ids", "segments")), ("labels", ("labels", "decoder_input_ids", "decoder_segments"))):
+        longest = max(len(item[array]) for item in items for array in arrays)
+        first, last = chosen[name]
+        assert last == offered[name][-1]
+        assert first == offered[name][0] or longest < first <= longest + 8
+    assert chosen == two_lengths(stream, LENGTH)
+    narrow = chosen["labels"][0]
+    assert Collator(SpanCorruption(), LENGTH, "encoder-decoder", 0, lengths=chosen)(items[:3])["decoder_input_ids"].shape == (3, narrow)
+    assert (narrow > offered["labels"][0]) == (words == 4), "each document closes a decoder part of its own"
 
 
 def test_one_full_document_has_exactly_the_expected_lengths():

@@ -7,7 +7,7 @@ was resumed: `epoch, k = divmod(i, rows)`, the row `permuted(k)` of that epoch, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 _MASK = 2**64 - 1
+SAMPLE = 2048
+"""Rows that are looked at for the lengths of batches: less than a second's work."""
 
 
 def mix(*values: int) -> int:
@@ -112,10 +114,11 @@ class Collator:
         objective, seq_length, family: of the run.
         pad: the id.
         most_documents: in a row, padding counted as one; an objective that makes more of them gets longer `borders`.
+        lengths: to pad to; None takes all of the objective's.
     """
 
-    def __init__(self, objective: Objective, seq_length: int, family: Family, pad: int, most_documents: int | None = None):
-        self.lengths = objective.lengths(seq_length)
+    def __init__(self, objective: Objective, seq_length: int, family: Family, pad: int, most_documents: int | None = None, lengths: Mapping[str, Sequence[int]] | None = None):
+        self.lengths = lengths or objective.lengths(seq_length)
         self.most_labels = objective.most_labels(seq_length)
         self.family, self.pad, self.most_documents = family, pad, most_documents
 
@@ -125,7 +128,7 @@ class Collator:
         arrays: dict[str, np.ndarray] = {}
         for name in items[0]:
             rows = [item[name] for item in items]
-            allowed = self.lengths["labels" if name == "labels" or name.startswith("decoder_") else "input_ids"]
+            allowed = self.lengths[_lengths_of(name)]
             longest = max(map(len, rows))
             width = next((n for n in allowed if n >= longest), None)
             if width is None:
@@ -147,6 +150,29 @@ class Collator:
         if self.most_documents is not None:
             arrays["borders"] = borders(arrays["segments"], self.most_documents)
         return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+
+
+def _lengths_of(name: str) -> str:
+    """Which of an objective's lengths an array of its has."""
+    return "labels" if name == "labels" or name.startswith("decoder_") else "input_ids"
+
+
+def two_lengths(stream: Stream, seq_length: int) -> dict[str, tuple[int, ...]]:
+    """Of an objective's lengths those that a run pads to: the smallest that its first rows fit in, with a token to spare, and the last, which
+    holds every row. Each length more is a shape more to compile; one that is chosen without a look at the text is padding for most texts.
+
+    Args:
+        stream: of the run.
+        seq_length: tokens that the model reads.
+    """
+    lengths = stream.objective.lengths(seq_length)
+    if all(len(some) < 2 for some in lengths.values()):
+        return lengths
+    longest = dict.fromkeys(lengths, 0)
+    for i in range(min(SAMPLE, len(stream))):
+        for name, array in stream[i].items():
+            longest[_lengths_of(name)] = max(longest[_lengths_of(name)], len(array))
+    return {name: tuple(sorted({next((n for n in some if n > longest[name]), some[-1]), some[-1]})) for name, some in lengths.items()}
 
 
 def borders(segments: np.ndarray, most: int) -> np.ndarray:

@@ -87,8 +87,9 @@ class Objective(Protocol):
     def lengths(self, model_length: int) -> dict[str, tuple[int, ...]]:
         """For each returned array family ("input_ids", "labels"), the lengths it may be padded to, ascending.
 
-        The collator takes the smallest that holds every row of a batch. The last one is a proven bound: no row of
-        `row_length` tokens ever needs more, so nothing is ever truncated, and shapes stay few enough to compile.
+        The last one is a proven bound: no row of `row_length` tokens ever needs more, so nothing is ever truncated.
+        A batch is padded to the smallest that holds its rows; while training to one of two, so that shapes stay few
+        enough to compile (`lmssl.data.stream.two_lengths`).
         """
         ...
 

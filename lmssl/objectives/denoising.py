@@ -9,6 +9,9 @@ import numpy as np
 
 from lmssl.objectives.base import Arrays, Family, Row, SameLength, Vocab, check_rate, round_random, spans_of
 
+ROOM = 4
+"""Tokens by which a row of span corruption stays below what its model reads: what a few borders of documents add."""
+
 
 def random_lengths(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
     """`total` split into `parts` lengths of at least 1, all splits equally likely: int64 [parts]."""
@@ -64,10 +67,11 @@ class SpanCorruption:
     >>> out["labels"].tolist()
     [39, 12, 13, 38, 20, 1]
 
-    The arithmetic of T5: 512 model tokens hold 568 raw ones, and 114 labels.
+    The arithmetic of T5: 568 tokens of one document become 512 and 114 labels. A row is a few tokens shorter, so that the borders of several
+    documents find room in the same 512 (ROOM).
 
-    >>> SpanCorruption().row_length(512), SpanCorruption().expected(568)
-    (568, (512, 114))
+    >>> SpanCorruption().expected(568), SpanCorruption().row_length(512)
+    ((512, 114), 564)
     """
 
     rate: float = 0.15
@@ -94,19 +98,17 @@ class SpanCorruption:
         return raw - noise + spans + 1, noise + spans + 1
 
     def row_length(self, model_length: int) -> int:
-        raw = model_length
-        while self.expected(raw + 1)[0] <= model_length:
+        raw = max(2, model_length - ROOM - 1)
+        while self.expected(raw + 1)[0] <= model_length - ROOM:
             raw += 1
         return raw
 
     def lengths(self, model_length: int) -> dict[str, tuple[int, ...]]:
+        # Each border may split a span (one more sentinel) and closes a decoder part (one more eos), so that the lengths of a row depend
+        # on its text. They are bounded by what every noise token being a span and a document of its own would take.
         raw = self.row_length(model_length)
         encoder, decoder = self.expected(raw)
-        # Each document boundary may split a span (one more sentinel) and closes a decoder part (one more eos). A few
-        # of them fit the usual shape; the bound holds when every noise token is a span and a document of its own.
-        noise = self.counts(raw)[0]
-        usual, bound = _up(encoder + 4), max(_up(raw), _up(encoder + 4))
-        return {"input_ids": tuple(sorted({usual, bound})), "labels": tuple(sorted({_up(decoder + 12), max(_up(3 * noise), _up(decoder + 12))}))}
+        return {"input_ids": _steps(encoder, raw), "labels": _steps(decoder, 3 * self.counts(raw)[0])}
 
     def most_labels(self, model_length: int) -> int:
         return self.lengths(model_length)["labels"][-1]
@@ -277,6 +279,11 @@ class Infilling(SameLength):
         return np.insert(filled, rng.integers(0, len(filled) + 1, size=inserted), int(vocab.mask or 0))
 
 
-def _up(length: int, multiple: int = 8) -> int:
-    """Rounded up to what vector units like."""
-    return -(-length // multiple) * multiple
+def _steps(least: int, most: int, multiple: int = 8) -> tuple[int, ...]:
+    """Multiples of what vector units like, from the first that holds `least` to the first that holds `most`.
+
+    >>> _steps(60, 70)
+    (64, 72)
+    """
+    up = [-(-length // multiple) * multiple for length in (least, max(least, most))]
+    return tuple(range(up[0], up[1] + 1, multiple))
