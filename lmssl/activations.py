@@ -26,6 +26,11 @@ def _share(x: Tensor) -> Tensor:
     return 1 / (1 + torch.exp2(x * (-RATE / math.log(2) * (1 + CUBIC * x * x))))
 
 
+def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a type; one that it has already is not asked for: torch 2.11 compiles a function that ends so without its gradient."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 class _Gelu(torch.autograd.Function):
     """Keeps x alone; in float32 at least."""
 
@@ -33,7 +38,7 @@ class _Gelu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * _share(wide)).to(x.dtype)
+        return _narrowed(wide * _share(wide), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -41,7 +46,7 @@ class _Gelu(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         share = _share(wide)
         slope = share + wide * share * (1 - share) * (RATE * (1 + 3 * CUBIC * wide * wide))
-        return (grads[0] * slope).to(x.dtype)
+        return _narrowed(grads[0] * slope, x.dtype)
 
 
 class Gelu(nn.Module):

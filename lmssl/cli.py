@@ -180,7 +180,7 @@ def _tokenizer(options: argparse.Namespace) -> None:
         limit = below(options.held_out)
         bad = corpus.BadRecords(options.skip_bad_records, "--skip-bad-records leaves such records out")
         texts = (text for text, _ in corpus.documents(corpus.resolve(options.text, "text"), None, bad) if content_hash(text) >= limit)
-        tokenizer = tokenization.train(texts, options.kind, options.size)
+        tokenizer = tokenization.train(texts, options.kind, options.size, sys.stderr.isatty())
         if bad.count:
             print(f"{bad.count:,} bad records skipped, the first: {bad.first[0]}")
     tokenizer.save(options.out)

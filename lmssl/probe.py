@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, TrainingArguments
 
-from lmssl import config, forward, machine
+from lmssl import activations, config, forward, machine
 from lmssl.arguments import FEWER_ROWS
 from lmssl.data.stream import Collator, Stream
 from lmssl.errors import Stopped, UserError, fitting, out_of_memory
@@ -106,6 +106,9 @@ def fastest(args: TrainingArguments, model: PreTrainedModel, stream: Stream, col
 
 def _step(args: TrainingArguments, model: PreTrainedModel, stream: Stream, collator: Collator, size: int, parts: int, repeats: int = 3) -> float:
     """Seconds of the passes of a step of so many micro-batches, not compiled."""
+    machine.keep_memory(args.device.type)  # as the trainer will
+    if args.device.type == "cpu":
+        activations.quicker(model)
     batch = {k: v.to(args.device) for k, v in collator([stream[i] for i in range(min(size, len(stream)))]).items()}
     prepared = forward.prepare(model.to(args.device), collator.most_documents is not None)
     call = partial(forward.output_for_loss, prepared, forward.head_for_loss(prepared, stream.vocab, args))

@@ -364,13 +364,14 @@ def _load_slow(source: str | Path, folder: Path) -> Tokenizer:
     return _assemble(backend, _named_by(theirs), str(source))
 
 
-def train(texts: Iterable[str], kind: str = "bpe", size: int = 8192) -> Tokenizer:
+def train(texts: Iterable[str], kind: str = "bpe", size: int = 8192, progress: bool = False) -> Tokenizer:
     """Train a tokenizer with pad, bos, eos, mask and 100 sentinels, ready for every objective.
 
     Args:
         texts: documents; read once, so a generator will do.
         kind: "bpe" (byte-level, no unknown token), "wordpiece" (lower case) or "unigram".
         size: number of ids, special tokens included.
+        progress: bars on standard error.
 
     Raises:
         UserError: an unknown kind, a size too small to hold the special tokens and the alphabet.
@@ -387,16 +388,16 @@ def train(texts: Iterable[str], kind: str = "bpe", size: int = 8192) -> Tokenize
     if kind == "bpe":
         backend = Backend(models.BPE())
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        trainer: Any = trainers.BpeTrainer(vocab_size=size, special_tokens=tokens, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=2, show_progress=False)
+        trainer: Any = trainers.BpeTrainer(vocab_size=size, special_tokens=tokens, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=2, show_progress=progress)
     elif kind == "wordpiece":
         backend = Backend(models.WordPiece(unk_token="<unk>"))
         backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=tokens, show_progress=False)
+        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=tokens, show_progress=progress)
     else:
         backend = Backend(models.Unigram())
         backend.normalizer, backend.pre_tokenizer, backend.decoder = normalizers.NFKC(), pre_tokenizers.Metaspace(), decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=tokens, unk_token="<unk>", show_progress=False)
+        trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=tokens, unk_token="<unk>", show_progress=progress)
     backend.train_from_iterator(_counted(texts), trainer)
     bos, eos = ROLES["bos"], ROLES["eos"]
     backend.post_processor = processors.TemplateProcessing(

@@ -246,6 +246,20 @@ def test_a_bad_text_that_is_one_record_is_skipped_too(tmp_path):
         list(corpus.documents(corpus.resolve(f"{tmp_path}/c.jsonl::file"), None, bad))
 
 
+def test_a_folder_of_several_splits_is_read_and_said_to_be(tmp_path, caplog):
+    """As `hf download` leaves a dataset."""
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl", "testimony.jsonl"):
+        (tmp_path / "data" / name).write_text('{"text": "a film"}\n')
+    assert len(corpus.resolve(str(tmp_path))) == 4
+    assert f"holds files of train, test, and all are read; of the first alone: '{tmp_path}/**/train*'" in caplog.text
+    caplog.clear()
+    assert len(corpus.resolve(f"{tmp_path}/**/train*")) == 2
+    (tmp_path / "data" / "test-00000-of-00001.jsonl").unlink()
+    assert len(corpus.resolve(str(tmp_path))) == 3
+    assert not caplog.text
+
+
 def test_skipped_records_stand_in_the_manifest(tmp_path, caplog):
     (tmp_path / "x.jsonl").write_bytes(b"".join(b'{"text": "number %d"}\n' % n for n in range(20)) + b"oops\n")
     with pytest.raises(UserError, match=r"x.jsonl:21: not valid JSON"):

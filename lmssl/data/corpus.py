@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +35,11 @@ from lmssl.data import formats, verses
 from lmssl.data.formats import BadRecords, Record
 from lmssl.errors import UserError, did_you_mean
 
+log = logging.getLogger("lmssl")
+
 KINDS = ("txt", "jsonl", "csv", "tsv", "parquet")
+_SPLIT = re.compile("(train|test|validation|valid|val|dev)(?![a-z])", re.IGNORECASE)
+"""How the files of a dataset's splits are named."""
 TEXT_UNITS = ("line", "file", "paragraph")
 TASK_COLUMNS = "the task section names the columns: task.KEY=COLUMN; no header: FILE::#"
 
@@ -103,6 +109,9 @@ def _resolve_one(name: str, where: str) -> list[Source]:
         files = [p for p in sorted(path.rglob("*")) if p.is_file() and _kind(p) in KINDS]
         if not files:
             raise UserError(f"{where}: the folder {text} holds no .{', .'.join(KINDS)} file")
+        splits = sorted({found[0].lower() for p in files if (found := _SPLIT.match(p.name))}, key="train".__ne__)
+        if len(splits) > 1:
+            log.warning("%s: %s holds files of %s, and all are read; of the first alone: '%s'", where, text, ", ".join(splits), path / "**" / f"{splits[0]}*")
         return [_file(p, column, where) for p in files]
     if any(c in text for c in "*?["):
         files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
