@@ -82,7 +82,7 @@ def task_card(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
 
 {report.label_table(metrics)}
 
-Leak check: {report.leaks_in_words(metrics["leaks"])}.
+{"".join(f"Accepted: {report.accepted_in_words(change)}.{chr(10)}{chr(10)}" for change in metrics.get("accepted", []))}Leak check: {report.leaks_in_words(metrics["leaks"])}.
 
 {use(metrics, recipe)}Files of inputs: `lmssl predict {folder} FILE`.
 

@@ -120,7 +120,8 @@ def run(argv: Sequence[str] | None = None) -> int:
         print(f"lmssl: error: {error}" if not isinstance(error, Interrupted) else f"lmssl: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as error:
-        print(f"lmssl: {error or 'SIGINT'}: stopped outside training steps; what was completed on disk is intact, --resume continues from it", file=sys.stderr)
+        goes_on = ", --resume continues from it" if hasattr(options, "resume") else ""
+        print(f"lmssl: {str(error) or 'SIGINT'}: stopped outside training steps; what was completed on disk is intact{goes_on}", file=sys.stderr)
         return 143 if str(error) else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -117,8 +117,7 @@ def apply_overrides(recipe: dict[str, dict[str, Any]], overrides: typing.Iterabl
             inner = target.get(part)
             target[part] = dict(inner) if isinstance(inner, dict) else {}
             target = target[part]
-        # YAML would read a headless table's column #1 as a comment, and *.jsonl as the name of something said before.
-        found = value if value[:1] in tuple("#*&!%@`|>") else parse_yaml(value, f"'{item}'")
+        found = value if _is_text(value) else parse_yaml(value, f"'{item}'")
         if value and (found == value.strip() or not value.strip()):  # text, whose white space YAML drops: a cue begins with a space
             found = value
         if found is None and len(path) > 2:  # what is inside a value is nobody's to check
@@ -126,6 +125,13 @@ def apply_overrides(recipe: dict[str, dict[str, Any]], overrides: typing.Iterabl
         else:
             target[path[-1]] = found
     return recipe
+
+
+def _is_text(value: str) -> bool:
+    """Whether an override means what it says, letter by letter, where YAML would read a comment (a headless table's column #1, a cue with a #), the
+    name of something said before (*.jsonl), or the key of a mapping (a cue that ends with a colon)."""
+    bare = value.strip()
+    return bare[:1] in tuple("#*&!%@`|>") or (bare[:1] not in tuple("[{'\"") and (" #" in bare or ": " in bare or bare.endswith(":")))
 
 
 def _check_section(where: str, name: str, sections: tuple[str, ...]) -> None:

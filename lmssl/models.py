@@ -158,9 +158,11 @@ def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_le
     if section.get("vocab_size", vocab.size) != vocab.size:
         raise UserError(f"model.vocab_size: {section['vocab_size']}, but the tokenizer has {vocab.size} ids; leave it out")
     config.vocab_size = vocab.size
-    _set_ids(config, family, vocab)
     try:
+        _set_ids(config, family, vocab)
         _set_positions(config, AUTO[family], section, needed)
+        for name, value in _whole_attention(config).items():
+            setattr(config, name, value)
         model = AUTO[family].from_config(config, **attention(seq_length, section))
     except UserError:
         raise
@@ -173,13 +175,16 @@ def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_le
 
 
 @torch.no_grad()
-def begin_local(model: PreTrainedModel) -> None:
+def begin_local(model: PreTrainedModel, slow: bool = True) -> None:
     """Where positions are learned and queries and keys are maps of their own (BERT and its kin), begin by looking near by.
 
     Positions begin as sinusoids (Vaswani et al. 2017, 1706.03762), large enough to count and slow to change; queries and keys
     begin as one orthogonal map, so that a token attends to what resembles it, which is first of all what stands beside
     it (compare Trockman and Kolter 2023, 2305.09828). From the usual start a small post-norm BERT reads its text as a bag of words for
     millions of tokens (docs/log.md). Every other architecture is left as transformers draws it.
+
+    Args:
+        slow: the positions are to change slowly (Muon's `lmssl_rate`).
     """
     for module in model.modules():
         query, key, table = (getattr(module, name, None) for name in ("query", "key", "position_embeddings"))
@@ -191,7 +196,8 @@ def begin_local(model: PreTrainedModel) -> None:
             at = torch.arange(count - first)[:, None] / 1000.0 ** (torch.arange(0, width, 2) / width)
             size = math.sqrt(2) * AMPLITUDE * getattr(model.config, "initializer_range", 0.02)
             table.weight[first:] = size * torch.cat([at.sin(), at.cos()], 1)[:, :width]
-            table.weight.lmssl_rate = SLOW  # type: ignore[attr-defined]
+            if slow:
+                table.weight.lmssl_rate = SLOW  # type: ignore[attr-defined]
 
 
 def attention(length: int, section: Mapping[str, Any] = {}) -> dict[str, Any]:
@@ -200,6 +206,11 @@ def attention(length: int, section: Mapping[str, Any] = {}) -> dict[str, Any]:
     if "attn_implementation" in section:
         return {"attn_implementation": section["attn_implementation"]}
     return {"attn_implementation": "eager"} if length <= SHORT_ROW and not torch.accelerator.is_available() else {}
+
+
+def _whole_attention(config: PretrainedConfig) -> dict[str, str]:
+    """What of a configuration must be another for attention that sees all of a row: BigBird changes to it for good as soon as it meets a short one."""
+    return {"attention_type": "original_full"} if getattr(config, "attention_type", None) == "block_sparse" else {}
 
 
 def _set_ids(config: PretrainedConfig, family: Family, vocab: Vocab) -> None:
@@ -249,7 +260,9 @@ def train_every_token(model: PreTrainedModel, pad: int, eos: int) -> None:
     row = getattr(table, "padding_idx", None)
     if row is None or (row == pad and pad != eos):
         return
-    table.padding_idx = None
+    for module in model.modules():  # BART's encoder and decoder have tables of their own, of the same weights
+        if isinstance(module, nn.Embedding) and module.weight is table.weight:
+            module.padding_idx = None  # type: ignore[assignment]
     with torch.no_grad():
         if not table.weight[row].any():  # as a new model's
             table.weight[row].normal_(std=float(table.weight.std()))
@@ -270,7 +283,7 @@ def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Fami
     if positions is not None and positions < needed:
         raise UserError(f"data.seq_length: the rows need {needed} positions, {source} has {positions}")
     try:
-        keys = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32, **attention(seq_length, section)}
+        keys = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32, **attention(seq_length, section), **_whole_attention(config)}
         model, info = AUTO[family].from_pretrained(source, output_loading_info=True, **keys)
     except Exception as error:
         raise UserError(f"model.from: {source}: the weights cannot be loaded: {str(error).strip().splitlines()[0]}{pickled(source)}") from error

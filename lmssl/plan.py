@@ -39,7 +39,7 @@ decide the size; the loss itself is that of its authors' text and tokenizer."""
 REPEATS = 15.4
 """Epochs after which further repetition is worth 1/e of new text (2305.16264, section 5)."""
 
-WIDTHS = ("hidden_size", "d_model", "n_embd", "intermediate_size", "d_ff", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim")
+WIDTHS = ("hidden_size", "d_model", "n_embd", "intermediate_size", "d_ff", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim", "hidden_dim", "moe_intermediate_size")
 HEADS = ("num_attention_heads", "num_key_value_heads", "n_head", "num_heads", "encoder_attention_heads", "decoder_attention_heads")
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 STEPS_OF_THE_LADDER = tuple(2 ** (k / 2) for k in range(-2, 9))
@@ -297,6 +297,7 @@ def ladder(wanted: PretrainRecipe, minutes: float) -> Iterator[Rung]:
     for factor in STEPS_OF_THE_LADDER:
         section = scaled(wanted.model, config, factor)
         model = forward.prepare(models.build(section, stream.vocab, objective, length, args.seed), collator.most_documents is not None)
+        forward.check_isolated(model, stream.vocab, length)
         inner = inner_parameters(model)
         try:
             with machine.autocast(args):

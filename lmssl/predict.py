@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmssl import config, output
 from lmssl.data import corpus
-from lmssl.errors import UserError, did_you_mean, refused
+from lmssl.errors import Interrupted, UserError, did_you_mean, fitting, refused
 
 if TYPE_CHECKING:
     from lmssl.tasks.base import Backbone, Task
@@ -67,9 +67,9 @@ def _check_layout(checkpoint: str, task: Task, backbone: Backbone) -> None:
     special tokens around it, or with token types. Its answers would be others than in plain transformers."""
     from transformers import AutoTokenizer
 
-    columns = [name for key in ("text_a", "text_b", "text", "question", "context") if (name := getattr(task, key, None))]
+    columns = [name for key in ("text_a", "text_b", "text", "question", "context", "source") if (name := getattr(task, key, None))]
     example = task.unlabelled({name: f"what {name} says" for name in columns}, "")
-    texts = (example.question, example.text) if task.name == "qa" else example.texts()
+    texts = (example.question, example.text) if task.name == "qa" else tuple(text for text in example.texts() if text)  # a translation is not known yet
     here = [int(i) for i in task.encode(backbone, [example])[0][0]["input_ids"]]
     with refused(f"{checkpoint}: its tokenizer"):
         own = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)(*texts)
@@ -83,20 +83,21 @@ def _check_layout(checkpoint: str, task: Task, backbone: Backbone) -> None:
 
 def examples(task: Task, files: Sequence[str]) -> Iterator[Any]:
     """The inputs of files, or of standard input where there is none: lines of text, or of JSON objects."""
-    field = getattr(task, task.column) if task.column else None
+    field = getattr(task, task.column) if task.column and not getattr(task, "text_b", None) else None
     sources = corpus.resolve(list(files), "FILE") if files else []
-    records: Iterable[corpus.Record] = (r for s in sources for r in _named(s, field)) if files else _stdin(field)
+    records: Iterable[corpus.Record] = (r for s in sources for r in _named(s, field, task)) if files else _stdin(field)
     for record, where in records:
         yield task.unlabelled(record, where)
 
 
-def _named(source: corpus.Source, field: str | None) -> Iterator[corpus.Record]:
+def _named(source: corpus.Source, field: str | None, task: Task) -> Iterator[corpus.Record]:
     if source.kind != "txt":
         yield from corpus.labelled(source)
         return
     for record, where in corpus.records(source):
         if field is None:
-            raise UserError(f"{where}: this task needs a question and a context; give .jsonl, .csv, .parquet or SQuAD .json")
+            needs = "a question and a context; give .jsonl, .csv, .parquet or SQuAD .json" if task.name == "qa" else "two texts; give .jsonl, .csv or .parquet"
+            raise UserError(f"{where}: this task needs {needs}")
         if record["text"].strip():
             yield {field: record["text"]}, where
 
@@ -105,7 +106,7 @@ def _stdin(field: str | None) -> Iterator[corpus.Record]:
     for number, raw in enumerate(sys.stdin.buffer, 1):
         where = f"stdin:{number}"
         try:
-            line = raw.decode("utf-8").strip()
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line") from None
         if not line:
@@ -147,7 +148,9 @@ def predict(checkpoint: str, files: Sequence[str], *, task_name: str | None = No
     stream = examples(task, files)
     with tqdm(unit="input", disable=quiet or None, leave=False) as bar:
         for some in _chunks(stream, CHUNK * batch):
-            for example, row in zip(some, task.predictions(model, backbone, some, batch), strict=True):
+            with fitting(f"a batch of {batch} inputs", "a smaller --batch", UserError):
+                rows = task.predictions(model, backbone, some, batch)
+            for example, row in zip(some, rows, strict=True):
                 yield {"where": example.where, **row}
             bar.update(len(some))
 
@@ -191,10 +194,14 @@ def write(rows: Iterator[dict[str, Any]], out: Path | None) -> None:
                 print(json.dumps(row, ensure_ascii=False), file=file)
         if ordinary:
             beside.replace(out)
-    except UserError as error:
+    except BaseException as error:
         if not ordinary or not beside.stat().st_size:
             raise
         kept, ordinary = beside, False
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"{str(error) or 'SIGINT'}: the predictions made until then are in {kept}", 15 if str(error) else 2) from error
+        if not isinstance(error, UserError):
+            raise
         raise UserError(f"{error}; the predictions before it are in {kept}") from error
     finally:
         if ordinary:

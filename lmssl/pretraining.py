@@ -171,7 +171,8 @@ class PretrainTrainer(ExactTrainer):
     def metrics(self) -> dict[str, Any]:
         """What metrics.json says of a finished run; held-out loss is measured in float32."""
         seconds, tokens = self.clock.seconds, self._total_tokens()
-        share = self.peak_share(self.state.global_step, seconds)
+        timed = tokens - self.untimed[0]
+        share = self.peak_share(self.state.global_step - self.untimed[1], seconds)
         with fitting("the held-out text", "--resume with a smaller trainer.per_device_eval_batch_size", self.stopped):
             values = self.evaluate()
         if not math.isfinite(values["eval_loss"]):
@@ -185,7 +186,7 @@ class PretrainTrainer(ExactTrainer):
             "steps": self.state.global_step,
             "tokens": tokens,
             "seconds": round(seconds, 3),
-            "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+            "tokens_per_second": round(timed / seconds, 1) if seconds else 0.0,
             "matmul_share": share and round(share, 4),
             "held_out": {"loss": values["eval_loss"], "bits_per_byte": values["eval_bits_per_byte"]},
             "other_seconds": {k: round(v, 3) for k, v in self.clock.other.items()},

@@ -6,6 +6,7 @@ import html
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from lmssl import output, statistics
 from lmssl.data.contamination import GRAM, SHORTEST
 from lmssl.errors import UserError
 
+_CHECKPOINT = re.compile(r"(damaged-)?checkpoint-\d+")
+METHODS = {"probe": "the head alone", "lora": "low-rank updates and the head"}
 COLOURS = {"pretrained": "#1f77b4", "scratch": "#d62728", "held out": "#2ca02c", "training": "#7f7f7f", "tf-idf": "#9467bd"}
 
 STYLE = """
@@ -38,7 +41,7 @@ def write(folders: list[Path], *, png: bool = False) -> Path:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
-        found = sorted(p for p in folder.rglob("metrics.json") if not any("checkpoint-" in part for part in p.relative_to(folder).parts))
+        found = sorted(p for p in folder.rglob("metrics.json") if not any(_CHECKPOINT.fullmatch(part) for part in p.relative_to(folder).parts))
         if not found:
             raise UserError(f"{folder}: no metrics.json in it or below; a finished run leaves one")
         for path in found:
@@ -48,7 +51,8 @@ def write(folders: list[Path], *, png: bool = False) -> Path:
                 raise UserError(f"{path}: not valid JSON: {error}") from None
             if not isinstance(metrics, dict) or ("results" in metrics and not {"summary", "metric", "task"} <= set(metrics)):
                 raise UserError(f"{path}: is not of a run of lmssl")
-            if {"results", "objective"} & set(metrics):  # else of a checkpoint that was only scored
+            # Else of a checkpoint that was only scored, or of a folder inside another that was named.
+            if {"results", "objective"} & set(metrics) and not any(path.parent.samefile(known) for known, _ in runs):
                 runs.append((path.parent, metrics))
     if not runs:
         raise UserError(f"{folders[0]}: no metrics.json of a run in it or below, only of checkpoints that were scored")
@@ -117,7 +121,9 @@ def _finetuned(folder: Path, metrics: dict[str, Any], figure: Callable[..., str]
         ("test set", f"{metrics.get('test_examples', 0):,} examples" + (f"; the largest class alone gives {metrics['majority']:.1%}" if metrics.get("classes") else "")),
         ("leak check", leaks_in_words(metrics.get("leaks"))),
         ("runs", f"{len(metrics['results'])}: {seeds} seeds, both inits, the same subsets and steps"),
+        *([("trained", f"{METHODS[metrics['method']]}; the twin from scratch whole")] if metrics.get("method", "full") != "full" else []),
         ("learning rate", _rates(metrics)),
+        *[("accepted", accepted_in_words(change)) for change in metrics.get("accepted", [])],
         *[(name.replace("_", " "), f"{count:,}") for name, count in metrics.get("notes", {}).items()],
         ("time", f"{metrics.get('seconds', 0) / 60:.1f} minutes"),
         *_machine(metrics),
@@ -145,10 +151,11 @@ def _verdict(metrics: dict[str, Any]) -> str:
     change = f"{metrics['task']} {metrics['metric']} by {100 * mean:+.1f} points on average"
     if error is None:
         return f"Pretraining changes {change}, over one seed: no spread, so no evidence."
-    if not mean > error:
-        return f"No gain shown: pretraining changes {change} (standard error {100 * error:.1f})."
-    sure = sum(interval[0] > 0 for interval in intervals)
-    return f"Pretraining changes {change} (standard error {100 * error:.1f}); the gain's 95% interval is above zero at {sure} of {len(intervals)} label counts."
+    sure, lost = sum(interval[0] > 0 for interval in intervals), sum(interval[1] < 0 for interval in intervals)
+    where = f"; the gain's 95% interval is above zero at {sure} of {len(intervals)} label counts" + (f", below it at {lost}" if lost else "")
+    if mean > error:
+        return f"Pretraining changes {change} (standard error {100 * error:.1f}){where}."
+    return f"No gain shown: pretraining changes {change} (standard error {100 * error:.1f}){where if sure or lost else ''}."
 
 
 def mean_gain(metrics: dict[str, Any]) -> tuple[float, float | None]:
@@ -183,6 +190,12 @@ def label_table(metrics: dict[str, Any]) -> str:
     return "\n".join([header, "|" + "---:|" * len(label_rows(metrics)[0]), *rows, "", verdict(metrics)])
 
 
+def accepted_in_words(change: dict[str, Any]) -> str:
+    """What `--accept` let differ between the runs of a curve."""
+    told = "; ".join(f"{key} was {str(then)[:80]}, is {str(now)[:80]}" for key, (then, now) in change["changed"].items())
+    return f"the first {change['after']:,} runs were made otherwise: {told}"
+
+
 def leaks_in_words(leaks: dict[str, Any] | None) -> str:
     """The leak check of a result as a sentence."""
     if not leaks or not leaks["checked"]:
@@ -194,7 +207,7 @@ def leaks_in_words(leaks: dict[str, Any] | None) -> str:
 def _rates(metrics: dict[str, Any]) -> str:
     tuning = metrics.get("tuning")
     if not tuning:
-        return f"{metrics.get('learning_rate'):g}, not tuned"
+        return f"{', '.join(f'{rate:g}' for rate in sorted({r.get('learning_rate', metrics['learning_rate']) for r in metrics['results']}))}, not tuned"
     grid = sorted({t["learning_rate"] for t in tuning})
     chosen = {(r["init"], r["labels"]): r["learning_rate"] for r in metrics["results"]}
     picks = "; ".join(f"{init} " + ", ".join(f"{rate:g} ({n:,})" for (i, n), rate in sorted(chosen.items()) if i == init) for init in ("scratch", "pretrained"))

@@ -58,6 +58,7 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
         return before
     if first and not resume:  # by now nothing more is to be refused that could have been
         _remove([*_leavings(out), *out.glob("damaged-checkpoint-*")])
+    ranks.wait()  # for what is to be removed
     point = trainer.resume_point(accept) if resume else None
     if resume and point is None and before.get("steps"):
         way_out = f"model: {{from: {out}}} in place of the architecture continues it in another folder, --overwrite begins anew"
@@ -159,7 +160,7 @@ def assemble(recipe: PretrainRecipe, objective: Objective, tokenizer: Tokenizer,
         objective, tokenizer: of `check`.
         values: of `arguments.resolve`.
     """
-    from lmssl import models, packing, probe
+    from lmssl import forward, models, packing, probe
     from lmssl.pretraining import PretrainTrainer
 
     token_set = prepared(recipe.data, tokenizer, quiet=quiet)
@@ -167,6 +168,7 @@ def assemble(recipe: PretrainRecipe, objective: Objective, tokenizer: Tokenizer,
     args, length = arguments.build(values), recipe.data.seq_length
     stream = Stream(token_set, objective, length, args.seed, args.max_steps * arguments.global_batch(values), _start(recipe))
     model = models.build(recipe.model, stream.vocab, objective, length, args.seed)
+    forward.check_isolated(forward.prepare(model), stream.vocab, length)  # the probe's passes rest on it
     values = probe.choose(values, args, model, stream, packing.collator(stream, length, models.family_of(model.config), args.device))
     args = arguments.build(values)
     return PretrainTrainer(model, objective, token_set, args, recipe.data.seq_length, quiet=quiet, **arguments.own(values)), values

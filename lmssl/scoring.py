@@ -9,10 +9,14 @@ from typing import Any
 from lmssl import config, output, tokenization
 from lmssl.data import tokens
 from lmssl.data.stream import Stream
-from lmssl.errors import UserError
+from lmssl.errors import UserError, fitting
 from lmssl.history import has_changed
 from lmssl.objectives import make
 from lmssl.recipe import PRETRAIN, DataSection, prepared
+
+LONGEST = 1024
+"""Tokens of a row, at most, that a checkpoint without a recipe is scored with: some read a hundred thousand."""
+SMALLER = "a smaller trainer.per_device_eval_batch_size or data.seq_length"
 
 
 def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]:
@@ -31,7 +35,12 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     family = models.family_of(checkpoint_config)
     tokenizer = tokenization.load(checkpoint)
     fallback = {"decoder": "next_token", "encoder": "masked", "encoder-decoder": "span_corruption" if tokenizer.sentinels else "infilling"}[family]
-    sections: dict[str, dict[str, Any]] = {"data": {"seq_length": models.max_length(checkpoint_config) or 128}, "objective": {"name": fallback}, "model": {}, "trainer": {}}
+    sections: dict[str, dict[str, Any]] = {
+        "data": {"seq_length": min(models.max_length(checkpoint_config) or 128, LONGEST)},
+        "objective": {"name": fallback},
+        "model": {},
+        "trainer": {},
+    }
     sections |= saved
     sections = config.apply_overrides(sections, overrides, ("data", "objective", "trainer"))
     own_text = not any(o.startswith("data.text=") for o in overrides)
@@ -52,8 +61,10 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     model = models.build({"from": checkpoint}, vocab, objective, data.seq_length, 0)
     _check_whole(model, checkpoint)
     model = forward.prepare(model).to(machine.device())
+    forward.check_isolated(model, vocab, data.seq_length)
     stream = Stream(token_set, objective, data.seq_length, seed=0, length=None, start=start)
-    values = held_out(model, stream, Collator(objective, data.seq_length, family, vocab.pad), batch, model.device)
+    with fitting("the text", SMALLER, UserError):
+        values = held_out(model, stream, Collator(objective, data.seq_length, family, vocab.pad), batch, model.device)
     if not values["labels"]:
         raise UserError(f"data.text: {sections['objective']['name']} asks for no token of this text; it is too short to measure anything")
     found = {name: values[name] for name in ("loss", "bits_per_byte")}
@@ -91,7 +102,8 @@ def evaluate_task(checkpoint: str, overrides: typing.Sequence[str]) -> tuple[str
     for example in examples if task.classes else ():
         if example.label not in backbone.classes:
             raise UserError(f"{example.where}: the class '{example.label}' is none of the model's ({', '.join(backbone.classes)})")
-    scores, _ = task.evaluate(model, backbone, examples, batch)
+    with fitting("the test set", SMALLER, UserError):
+        scores, _ = task.evaluate(model, backbone, examples, batch)
     scores |= {"test_examples": len(examples)}
     _note(Path(checkpoint), "evaluated", {", ".join([files] if isinstance(files, str) else files): scores})
     return task.metric, scores
@@ -157,7 +169,7 @@ def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
     trained_by = config.of_folder(checkpoint).get("objective", {}).get("name", "infilling" if backbone.config.model_type in ("bart", "mbart") else "")
     by = "mask" if trained_by == "infilling" else "sentinel"
     total = len(ids) if backbone.family == "decoder" else sum(map(len, ids))
-    with tqdm(total=total, unit="row", disable=None, leave=False) as bar:
+    with tqdm(total=total, unit="row", disable=None, leave=False) as bar, fitting("the sentences", "a device with more of it, or shorter ones", UserError):
         values = likelihood.log_likelihoods(model, backbone.family, ids, vocab, by, bar.update)
     found = likelihood.preferred(values[::2], values[1::2], [kind for _, _, kind in pairs])
     _note(folder, "minimal_pairs", found)

@@ -92,6 +92,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self.on_spike, self.worker_timeout = on_spike, worker_timeout
         self.clock, self.curve = Clock(args.device), list[dict[str, float]]()
         self._tokens, self._tokens_before = torch.zeros((), dtype=torch.int64, device=args.device), 0  # since this process began; of all ranks before
+        self.untimed = [0, 0]
+        """Tokens and steps whose time stands beside the training time: of first steps, which compile."""
         self.flops, self.peak = 0.0, 0.0  # of an item, forward and backward; of the machine, a second
         self._stage: Path | None = None
         self._sealer = ThreadPoolExecutor(1, "lmssl-seal")
@@ -172,6 +174,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             manifest = checkpoints.facts(folder)
             made_with = manifest.get("identity", {})
             self.earlier_data = self.earlier_data or manifest.get("earlier_data", [])
+            self.args.eval_on_start = False  # that was before step 0
             self._begin = (step, manifest.get("items", step * made_with.get("batch", self.global_batch)))
             self._own = (*RATES, *MOMENTS) if "adam_beta2" in made_with else RATES
             # A batch of another size, accepted on resuming, may need more items than the steps of the whole run have.
@@ -329,6 +332,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             "items": self.items(self.state.global_step).start,
             "identity": self.identity,
             "tokens": self._total_tokens(),
+            "untimed": self.untimed,
             "seconds": self.clock.seconds,
             # Copies: the training goes on while these are written.
             "other_seconds": dict(self.clock.other),
@@ -402,7 +406,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
                 checkpoints.set_aside(root, manifest["step"])
         self.accelerator.wait_for_everyone()
         self._known_good.add(path.name)
-        self._tokens_before = manifest["tokens"]
+        self._tokens_before, self.untimed = manifest["tokens"], manifest.get("untimed", [0, 0])
         self.clock.training, self.clock.other, self.curve = manifest["seconds"], manifest["other_seconds"], manifest["curve"]
         self.guard.norms.extend(manifest["norms"])
         before, now = ([identity.get(key) for key in ("data", "tokens")] for identity in (manifest["identity"], self.identity))
@@ -421,6 +425,12 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             raise UserError(
                 f"output_dir: {self.args.output_dir} holds checkpoints of an earlier run ({found[0].name}); run(resume_point()) goes on with it, another folder begins anew"
             )
+        if resume is not None and resume.resolve().parent == Path(self.args.output_dir).resolve():
+            newer = [f.name for f in checkpoints.all_of(resume.parent) if checkpoints.step_of(f) > checkpoints.step_of(resume)]
+            if newer and self.args.save_strategy != "no":
+                log.warning(
+                    "%s: newer checkpoints lie beside it (%s), of all of which the newest are kept and resumed; move them elsewhere to go back for good", resume, ", ".join(newer)
+                )
         with self.guard.signals():
             try:
                 with fitting("a training step", self.fewer_rows, self.stopped):

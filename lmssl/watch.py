@@ -236,6 +236,8 @@ class Progress(TrainerCallback):
             spent = clock.seconds - self.begun[0]
             clock.training -= spent
             clock.other["first_step"] += spent
+            tokens, steps = self.trainer.untimed
+            self.trainer.untimed = [tokens + (self.trainer.tokens_seen - self.begun[1]) * args.world_size, steps + 1]
             self.begun = (clock.seconds, self.trainer.tokens_seen, state.global_step)
         if self.bar:
             self.bar.update(1)

@@ -14,6 +14,8 @@ from lmssl.data import contamination, tokens
 from lmssl.data.contamination import GRAM, Grams
 from lmssl.errors import UserError
 from lmssl.history import leak_check
+from lmssl.recipe import PretrainRecipe
+from lmssl.runs import pretrain
 from lmssl.tasks.base import Example
 from tests.helpers import SMALL, sentences, tokenizer
 
@@ -157,6 +159,24 @@ def test_the_check_of_a_result(tmp_path, capsys):
     assert found["leaked"] == 80 - held
     (tmp_path / "text.txt").unlink()
     assert "not at hand" in leak_check(str(tmp_path / "run"), [Example("a", "", "")])["reason"]
+
+
+def test_a_backbone_that_drops_case_hides_no_leak(tmp_path):
+    """Its documents come back in small letters; what is looked for is made so too."""
+    texts = [" ".join(words(30, k)) for k in range(40)]
+    (tmp_path / "text.txt").write_text("\n".join(texts))
+    lower = tokenization.train(texts, "wordpiece", 500)
+    lower.save(tmp_path / "lower")
+    sections = {
+        "data": {"text": str(tmp_path / "text.txt"), "tokenizer": str(tmp_path / "lower"), "seq_length": 32, "held_out": 0.2},
+        "model": {"architecture": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8},
+        "objective": {"name": "masked"},
+        "trainer": {"output_dir": str(tmp_path / "run"), "max_steps": 1},
+    }
+    pretrain(PretrainRecipe.of(sections), quiet=True)
+    found = leak_check(str(tmp_path / "run"), [Example(text.upper(), "", f"t:{k}") for k, text in enumerate(texts)])
+    held = tokens.prepare(str(tmp_path / "text.txt"), lower, 0.2, quiet=True).manifest["held_out"]["documents"]
+    assert found["leaked"] == 40 - held > 0
 
 
 def test_a_tokenizer_that_drops_case_and_accents_hides_no_leak():

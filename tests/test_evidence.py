@@ -20,7 +20,7 @@ from lmssl.errors import Interrupted, Stopped, UserError
 from lmssl.recipe import FinetuneRecipe
 from lmssl.runs import finetune
 from lmssl.tasks import baseline, curve
-from lmssl.tasks.base import Few
+from lmssl.tasks.base import Backbone, Few
 from lmssl.tasks.sentiment import Labelled, Sentiment
 from lmssl.tasks.translation import Pair, Translation
 from tests.helpers import saved_backbone, sentences, token_set
@@ -271,6 +271,30 @@ def test_whole_numbers_are_the_rows_of_the_head(caplog):
     assert "of 12 classes 2 have no test example, and no score tells of them: 10, 11" in caplog.text
     assert "data.test: 10 examples are few to judge by: each is 10.0 points" in caplog.text
     assert curve.counted(examples).startswith("240 examples (0: 20, 1: 20, 2: 20")
+
+
+def test_a_rare_class_does_not_keep_the_baseline_from_being_tuned(monkeypatch):
+    pytest.importorskip("sklearn")
+    examples = [Labelled(f"a {'good' if n % 2 else 'bad'} film {n}", str(n % 2), f"x:{n}") for n in range(40)]
+    examples[0] = Labelled("a film of another kind", "2", "x:0")
+    asked = []
+    monkeypatch.setattr(baseline, "GRID", [0.01, 7.0])
+    for some in (examples, examples[:2]):
+        asked.append(baseline.tfidf(some, examples, tasks.make_task({"name": "sentiment"}))["C"])
+    assert asked[0] in baseline.GRID
+    assert asked[1] == 1.0, "of two examples nothing can be held back"
+
+
+def test_the_twin_of_a_bert_begins_as_its_pretraining_began(shared_dir, tmp_path):
+    """Positions that look near by need no text: they are not what pretraining brings."""
+    saved_backbone("bert", token_set(shared_dir), tmp_path, 64)
+    task = tasks.make_task({"name": "sentiment"})
+    for section, local in (({"architecture": "bert"}, True), ({"architecture": "bert", "init": "default"}, False), ({"from": "somewhere"}, False)):
+        (tmp_path / "recipe.yaml").write_text(json.dumps({"model": section}))
+        twin = task.model(Backbone.load(str(tmp_path), 32, ["0", "1"]), False, 0)
+        attention, table = twin.bert.encoder.layer[0].attention.self, twin.bert.embeddings.position_embeddings.weight
+        assert torch.equal(attention.query.weight, attention.key.weight) == local
+        assert not hasattr(table, "lmssl_rate"), "the other has no rate of its own"
 
 
 def test_the_baseline_reads_text_without_spaces():

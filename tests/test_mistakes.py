@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from lmssl.cli import run
+from lmssl.config import apply_overrides
 from lmssl.tasks.sentiment import Sentiment
 from tests.helpers import sentences
 from tests.test_trainer import recipe_of
@@ -203,10 +204,15 @@ def test_a_text_that_changed_is_not_measured_in_its_place(tmp_path, capsys):
 
 
 def test_white_space_of_a_value_stays():
-    from lmssl.config import apply_overrides
-
     made = apply_overrides({}, ["task.cue= Overall, it was", "task.separator= ", "task.n= 3", 'task.quoted=" x"', "task.empty=", "task.list=[ a]"], ("task",))["task"]
     assert made == {"cue": " Overall, it was", "separator": " ", "n": 3, "quoted": " x", "empty": None, "list": ["a"]}
+
+
+@pytest.mark.parametrize("text", [" #sentiment", " It was #1", " # ", " | ", " Sentiment:", " the verdict: ", "*.jsonl", "file.csv::#1"])
+def test_a_cue_means_what_it_says(text):
+    """What YAML would read as a comment, a block or a mapping."""
+    assert apply_overrides({"task": {"cue": "another"}}, [f"task.cue={text}"], ("task",))["task"]["cue"] == text
+    assert apply_overrides({}, ['objective.a={b: "x: #y"}'], ("objective",))["objective"]["a"] == {"b": "x: #y"}
 
 
 def test_fine_tuning_a_fine_tuned_model_says_so(sentiment, tmp_path, capsys):

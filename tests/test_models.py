@@ -334,6 +334,28 @@ def test_fine_tuning_trains_it_too(shared_dir, tmp_path):
         assert make_task({"name": "sentiment"}).model(loaded, pretrained, 0).get_input_embeddings().padding_idx is None
 
 
+def test_both_tables_of_a_bart_learn_where_pad_is_eos():
+    words = dataclasses.replace(VOCAB, pad=VOCAB.eos)
+    model = small_model("bart", words, 24)
+    ids = torch.tensor([[*words.ordinary[:4].tolist(), words.eos]])
+    for table in (model.model.encoder.embed_tokens, model.model.decoder.embed_tokens):
+        assert table.padding_idx is None
+        table.weight.grad = None
+        table(ids).sum().backward()
+        assert table.weight.grad[words.eos].any()
+
+
+def test_a_configuration_that_takes_no_none_is_refused_in_a_line():
+    words = dataclasses.replace(VOCAB, bos=None)
+    with pytest.raises(UserError, match="modernbert-decoder cannot be built from this configuration"):
+        models.build({"architecture": "modernbert-decoder", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}, words, NextToken(), 16, 0)
+
+
+def test_bigbird_sees_all_of_a_row_from_the_start():
+    model = models.build({"architecture": "big_bird", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}, VOCAB, MaskedTokens(), 800, 0)
+    assert model.config.attention_type == model.bert.attention_type == "original_full"
+
+
 def test_mpnet_counts_positions_as_transformers_does(shared_dir):
     vocab = token_set(shared_dir).vocab()
     section = {"architecture": "mpnet", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -168,6 +168,56 @@ def test_predictions_before_a_bad_record_are_kept(classifier, batch, tmp_path, c
     assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == 21
 
 
+def test_predictions_before_a_signal_are_kept(classifier, tmp_path, monkeypatch, capsys):
+    path, asked = tmp_path / "x.jsonl", []
+    path.write_text("".join(json.dumps({"text": f"film {n}"}) + "\n" for n in range(40)))
+    answer = Sentiment.predictions
+
+    def stopped(self, *args):
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer(self, *args)
+
+    monkeypatch.setattr(Sentiment, "predictions", stopped)
+    assert run(["predict", str(classifier), str(path), "--task", "sentiment", "--batch", "1", "--out", str(tmp_path / "out.jsonl")]) == 130
+    assert f"SIGINT: the predictions made until then are in {tmp_path / 'out.jsonl.part'}" in capsys.readouterr().err
+    assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == predict.CHUNK
+
+
+def test_memory_that_does_not_suffice_is_one_line(classifier, tmp_path, monkeypatch, capsys):
+    (tmp_path / "x.txt").write_text("a film\n")
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Sentiment, "predictions", full)
+    assert run(["predict", str(classifier), str(tmp_path / "x.txt"), "--task", "sentiment"]) == 2
+    assert "a batch of 32 inputs does not fit into memory: a smaller --batch" in capsys.readouterr().err
+
+
+def test_a_mark_of_byte_order_is_no_text(classifier, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'\xef\xbb\xbf{"text": "a film"}\n{"text": "a film"}\n')))
+    assert run(["predict", str(classifier), "--task", "sentiment"]) == 0
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["probabilities"] == second["probabilities"]
+
+
+def test_a_translator_of_somebody_else_s(shared_dir, tmp_path, capsys):
+    """Where its tokenizer lays a text out as tasks do here, it writes; else it is refused by name."""
+    tokens = token_set(shared_dir)
+    small_model("t5", tokens.vocab(), 32).save_pretrained(tmp_path)
+    tokens.tokenizer.save(tmp_path)
+    (tmp_path / "x.txt").write_text("a film\n")
+    args = ["predict", str(tmp_path), str(tmp_path / "x.txt"), "--task", "translation"]
+    assert run(args) == 0, capsys.readouterr().err
+    assert "translation" in json.loads(capsys.readouterr().out)
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described | {"post_processor": None}))
+    assert run(args) == 2
+    assert "its tokenizer makes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("keys", "what"), [({"problem_type": "multi_label_classification"}, "any number of classes"), ({"problem_type": "regression"}, "a number")])
 def test_what_no_single_class_answers_is_refused(classifier, keys, what, tmp_path, capsys):
     shutil.copytree(classifier, tmp_path / "model")

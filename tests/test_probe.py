@@ -1,13 +1,15 @@
 """Choices that are measured: made once, written down, read on resume, never over what a recipe says."""
 
 import pytest
+import transformers
 from transformers import PreTrainedModel
 
 from lmssl import arguments, config, machine, probe, runs
-from lmssl.errors import Stopped
+from lmssl.errors import Stopped, UserError
 from lmssl.recipe import PRETRAIN, PretrainRecipe
 from lmssl.runs import pretrain
-from tests.helpers import SMALL
+from lmssl.scoring import evaluate
+from tests.helpers import SMALL, token_set
 
 KIND = "activation_checkpointing" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient_checkpointing"
 """What transformers calls it, since 5.2x and before."""
@@ -124,3 +126,17 @@ def test_what_is_measured_is_a_step_of_training(continued, sections, monkeypatch
     trainer, _ = runs.assemble(wanted, objective, tokenizer, values, True)
     assert set(measured) == {(True, continued)}
     assert (trainer.model.training, getattr(trainer.model, f"is_{KIND}")) == (not continued, False)
+
+
+def test_an_architecture_that_takes_no_mask_is_refused_before_it_is_timed(sections, corpus_file, shared_dir, tmp_path):
+    """With nothing given that the probe would choose; and where a checkpoint of it is scored."""
+    sections["model"] = {"architecture": "deberta-v2", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sections["objective"]["name"] = "masked"
+    with pytest.raises(UserError, match="'deberta-v2' cannot be told which tokens may see each other"):
+        pretrain(PretrainRecipe.of(sections), quiet=True)
+    tokens = token_set(shared_dir)
+    small = transformers.BloomConfig(vocab_size=tokens.vocab().size, hidden_size=32, n_layer=1, n_head=2)
+    transformers.BloomForCausalLM(small).save_pretrained(tmp_path / "bloom")
+    tokens.tokenizer.save(tmp_path / "bloom")
+    with pytest.raises(UserError, match="documents packed into one row see each other in 'bloom'"):
+        evaluate(str(tmp_path / "bloom"), [f"data.text={corpus_file}", "data.seq_length=32"])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lmssl.cli import run
 from lmssl.data.stream import Stream
 from lmssl.errors import Stopped, UserError
 from lmssl.history import leak_check
-from lmssl.objectives import Infilling, MaskedTokens
+from lmssl.objectives import Infilling, MaskedTokens, denoising
 from lmssl.pretraining import PretrainTrainer
 from lmssl.runs import pretrain
 from lmssl.tasks.base import Example
@@ -370,3 +371,37 @@ def test_fields_of_an_objective_of_one_s_own_survive_a_resume(shared_dir, tmp_pa
     assert again.resume_point().name == "checkpoint-2"
     with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
         again.run()
+
+
+def test_rows_of_another_length_are_another_run(shared_dir, tmp_path, monkeypatch):
+    """As of a checkpoint from before span corruption's rows left room for borders: what is called the same objective reads other tokens."""
+    tokens, keys = token_set(shared_dir), {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    with monkeypatch.context() as before:
+        before.setattr(denoising, "ROOM", 0)
+        trainer_of("t5", tokens, tmp_path, **keys).run()
+    with pytest.raises(UserError, match=r"objective changed: .*--accept objective"):
+        trainer_of("t5", tokens, tmp_path, **keys).resume_point()
+
+
+def test_going_back_to_an_older_checkpoint_is_warned_of(shared_dir, tmp_path, caplog):
+    tokens, keys = token_set(shared_dir), {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    trainer_of("bert", tokens, tmp_path, **keys).run()
+    trainer = trainer_of("bert", tokens, tmp_path, **keys)
+    trainer.run(tmp_path / "checkpoint-2")
+    assert "checkpoint-2: newer checkpoints lie beside it (checkpoint-3), of all of which the newest are kept" in caplog.text
+
+
+def test_what_is_timed_is_what_counts(shared_dir, tmp_path):
+    """Tokens a second of a compiled run: the first step's time and its tokens are left out, over a resume too."""
+    tokens, keys = token_set(shared_dir), {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer = trainer_of("bert", tokens, tmp_path, **keys)
+    trainer.args.torch_compile = True  # as the watch sees it; nothing is compiled
+    trainer.run()
+    assert trainer.untimed == [trainer._total_tokens() // 4, 1]
+    assert trainer.metrics()["tokens_per_second"] == pytest.approx(trainer._total_tokens() * 3 / 4 / trainer.clock.seconds, rel=0.01)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = trainer_of("bert", tokens, tmp_path, **keys)
+    resumed.args.torch_compile = resumed.args.eval_on_start = True
+    resumed.run(resumed.resume_point())
+    assert resumed.untimed == [resumed._total_tokens() // 2, 2]
+    assert not any("held_out_loss" in point for point in resumed.curve), "what is measured before the first step is not measured again"

@@ -74,4 +74,8 @@ def test_the_verdict_and_the_table_say_which_is_which():
     assert report.verdict(gained | {"test_examples": 12}).endswith("12 test examples are few: each is 8.3 points, and no interval over seeds counts them.")
     assert report.verdict(gained | {"test_examples": 12, "metric": "bleu"}).endswith("12 test examples are few, and no interval over seeds counts them.")
     assert report.verdict(lost).startswith("No gain shown: pretraining changes sentiment accuracy by -15.0 points")
+    results = results_of({10: [0.6, 0.61, 0.6], 20: [0.6, 0.61, 0.6]}, {10: [0.55, 0.56, 0.551], 20: [0.7, 0.71, 0.701]})
+    mixed = {"task": "sentiment", "metric": "accuracy", "results": results, "summary": statistics.summary(results)}
+    assert report.verdict(mixed).endswith("is above zero at 1 of 2 label counts, below it at 1.")
+    assert "below it at 2" in report.verdict(mixed | {"summary": [mixed["summary"][0]] * 2, "results": results_of({10: [0.6, 0.61, 0.6]}, {10: [0.55, 0.56, 0.551]})})
     assert report.label_rows(gained)[:2] == [["labels", "scratch", "pretrained", "gain"], ["10", "55.0 ± 7.1", "70.0 ± 7.1", "+15.0 [+15.0, +15.0]"]]

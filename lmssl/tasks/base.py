@@ -230,6 +230,8 @@ class Backbone:
             if not pretrained:
                 model = auto.from_config(config, **models.attention(self.length)).float()
                 models.train_every_token(model, self.pad, eos)
+                if self.began_local():  # what needs no text is not pretraining's gain
+                    models.begin_local(model, slow=False)
                 return model
             renamed = self._renamed(auto)
             keys = {"config": config, **models.attention(self.length), "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
@@ -249,6 +251,11 @@ class Backbone:
         if body and len(drawn.intersection(body)) > len(body) // 2:
             raise UserError(f"model.from: {self.source}: its weights do not reach {type(model).__name__}: {len(drawn)} tensors are missing, {min(drawn)} ...")
         return model
+
+    def began_local(self) -> bool:
+        """Whether the checkpoint's own training began as `models.begin_local` has it."""
+        section = config_of_folder(self.source).get("model", {})
+        return "architecture" in section and models.init_of(section) != "default"
 
     def _renamed(self, auto: Any) -> dict[str, str] | None:
         """Pattern -> replacement for the names of a pretrained checkpoint, where a head's class calls the model beneath it otherwise.

@@ -251,6 +251,7 @@ class Curve:
             "max_length": self.backbone.length,
             "learning_rate": self.args.learning_rate,
             "tuning": self.ledger.tuning,
+            **({"accepted": self.ledger.accepted} if self.ledger.accepted else {}),
             "results": results,
             "summary": summary(results),
             "equivalence": equivalence(results),

@@ -79,6 +79,8 @@ class Ledger:
         self.path, self.identity, self.writes = folder / NAME, identity, writes
         self.results: list[dict[str, Any]] = []
         self.tuning: list[dict[str, Any]] = []
+        self.accepted: list[dict[str, Any]] = []
+        """{"after": finished runs, "changed": {key: [then, now]}} of each time that a difference was accepted."""
         self.seconds = 0.0
 
     @property
@@ -99,6 +101,7 @@ class Ledger:
         except checkpoints.Damaged as error:
             raise UserError(f"--resume: {error}; --overwrite begins anew") from None
         checkpoints.check_accepted(accept, {*found["identity"], *self.identity})
+        changed = dict[str, list[Any]]()
         for key in sorted({*found["identity"], *self.identity}):
             then, now = found["identity"].get(key), self.identity.get(key)
             if then == now:
@@ -109,7 +112,9 @@ class Ledger:
                 )
             if key not in accept:
                 raise UserError(f"--resume: {key} changed: the finished runs have {then}, this recipe {now}; --accept {key} goes on all the same")
+            changed[key] = [then, now]
         self.results, self.tuning, self.seconds = found["results"], found["tuning"], found["seconds"]
+        self.accepted = found.get("accepted", []) + ([{"after": len(self.results), "changed": changed}] if changed and self.results else [])
 
     def result(self, **run: Any) -> dict[str, Any] | None:
         """The finished run of these labels, init and seed."""
@@ -125,4 +130,4 @@ class Ledger:
         self.seconds = seconds
         if self.writes:
             with written(str(self.path)):
-                checkpoints.write_signed(self.path, {"identity": self.identity, "seconds": seconds, "tuning": self.tuning, "results": self.results})
+                checkpoints.write_signed(self.path, {"identity": self.identity, "seconds": seconds, "tuning": self.tuning, "results": self.results, "accepted": self.accepted})
