@@ -34,6 +34,8 @@ MOST_BEFORE = 64
 """Rows of a table of positions that may stand before the first position."""
 SHORT_ROW = 256
 """Tokens up to which attention on a CPU is faster as plain matrix products."""
+RELATIVE = ("t5", "mt5", "umt5", "longt5")
+"""Architectures whose positions are biases of attention, of any distance."""
 POSITIONS = ("max_position_embeddings", "n_positions")
 AMPLITUDE, SLOW = 8.0, 0.03
 """Of positions that begin as sinusoids: their root mean square over that of other embeddings; their learning rate over that of other embeddings."""
@@ -163,7 +165,7 @@ def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_le
         _set_positions(config, AUTO[family], section, needed)
         for name, value in _whole_attention(config).items():
             setattr(config, name, value)
-        model = AUTO[family].from_config(config, **attention(seq_length, section))
+        model = AUTO[family].from_config(config, **attention(seq_length, config, section))
     except UserError:
         raise
     except Exception as error:
@@ -200,12 +202,13 @@ def begin_local(model: PreTrainedModel, slow: bool = True) -> None:
                 table.weight.lmssl_rate = SLOW  # type: ignore[attr-defined]
 
 
-def attention(length: int, section: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """`attn_implementation` for rows of a length: the section's own; plain matrix products for short rows on a CPU, where
-    the fused kernel takes longer (docs/decisions/0012); else what transformers chooses."""
+def attention(length: int, config: PretrainedConfig, section: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """`attn_implementation` for rows of a length: the section's own; plain matrix products on a CPU for short rows, where the fused kernel
+    takes longer, and for T5, whose trained biases it does not take (docs/decisions/0012); else what transformers chooses."""
     if "attn_implementation" in section:
         return {"attn_implementation": section["attn_implementation"]}
-    return {"attn_implementation": "eager"} if length <= SHORT_ROW and not torch.accelerator.is_available() else {}
+    plain = length <= SHORT_ROW or config.model_type in RELATIVE
+    return {"attn_implementation": "eager"} if plain and not torch.accelerator.is_available() else {}
 
 
 def _whole_attention(config: PretrainedConfig) -> dict[str, str]:
@@ -271,7 +274,7 @@ def train_every_token(model: PreTrainedModel, pad: int, eos: int) -> None:
 def max_length(config: PretrainedConfig) -> int | None:
     """Tokens the model can read, None where positions are relative and unbounded."""
     value = next((getattr(config, n) for n in POSITIONS if isinstance(getattr(config, n, None), int)), None)
-    if value is None or config.model_type in ("t5", "mt5", "umt5", "longt5"):
+    if value is None or config.model_type in RELATIVE:
         return None
     with torch.device("meta"):
         return value - position_offset(AUTO[family_of(config)].from_config(config))
@@ -283,7 +286,7 @@ def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Fami
     if positions is not None and positions < needed:
         raise UserError(f"data.seq_length: the rows need {needed} positions, {source} has {positions}")
     try:
-        keys = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32, **attention(seq_length, section), **_whole_attention(config)}
+        keys = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32, **attention(seq_length, config, section), **_whole_attention(config)}
         model, info = AUTO[family].from_pretrained(source, output_loading_info=True, **keys)
     except Exception as error:
         raise UserError(f"model.from: {source}: the weights cannot be loaded: {str(error).strip().splitlines()[0]}{pickled(source)}") from error

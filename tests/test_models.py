@@ -369,3 +369,13 @@ def test_mpnet_counts_positions_as_transformers_does(shared_dir):
     assert apart(ours, theirs) < 1e-5
     with pytest.raises(UserError, match="numbers positions from the pad id on, which is 300"):
         models.build({"architecture": "roberta", **SMALL["roberta"]}, dataclasses.replace(vocab, pad=300), OBJECTIVE["roberta"], 32, 0)
+
+
+def test_which_attention_a_cpu_takes(monkeypatch):
+    """Plain products for short rows, and for T5's trained biases in any; a recipe wins, and a GPU has its own way."""
+    bert, t5 = (models.config_of({"architecture": name}) for name in ("bert", "t5"))
+    plain = {"attn_implementation": "eager"}
+    assert [models.attention(length, config) for config in (bert, t5) for length in (256, 512)] == [plain, {}, plain, plain]
+    assert models.attention(512, t5, {"attn_implementation": "sdpa"}) == {"attn_implementation": "sdpa"}
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert models.attention(128, t5) == {}

@@ -228,13 +228,13 @@ class Backbone:
         torch.manual_seed(seed)
         try:
             if not pretrained:
-                model = auto.from_config(config, **models.attention(self.length)).float()
+                model = auto.from_config(config, **models.attention(self.length, config)).float()
                 models.train_every_token(model, self.pad, eos)
                 if self.began_local():  # what needs no text is not pretraining's gain
                     models.begin_local(model, slow=False)
                 return model
             renamed = self._renamed(auto)
-            keys = {"config": config, **models.attention(self.length), "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
+            keys = {"config": config, **models.attention(self.length, config), "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
             model, info = auto.from_pretrained(self.source, output_loading_info=True, key_mapping=renamed, **keys)
             models.keep_names(model)
         except ValueError as error:

@@ -44,8 +44,8 @@ def tfidf(train: Sequence[Any], test: Sequence[Any], task: Task) -> dict[str, fl
         return " ".join(e.texts())
 
     labels = [e.label for e in train]
-    most, second, *_ = sorted((labels.count(c) for c in set(labels)), reverse=True)
-    folds = min(5, most) if second > 1 else 1  # a class of which some folds have no example is missed there, and no reason not to tune
+    counts = sorted(map(labels.count, set(labels)), reverse=True)
+    folds = min(5, counts[0]) if min(counts[:2]) > 1 else 1  # a class of which some folds have no example is missed there, and no reason not to tune
     texts = [text(e) for e in train]
     how: dict[str, Any] = {"tokenizer": words, "token_pattern": None} if mostly_spaceless(texts) else {}
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, **how), LogisticRegression(max_iter=2000))

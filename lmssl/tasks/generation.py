@@ -64,7 +64,7 @@ def _warm_started(backbone: Backbone, pretrained: bool, seed: int) -> PreTrained
         decoder = backbone.build(AutoModelForCausalLM, pretrained, own, is_decoder=True, add_cross_attention=True)
     else:
         torch.manual_seed(own)
-        decoder = AutoModelForCausalLM.from_config(config, **models.attention(backbone.length)).float()
+        decoder = AutoModelForCausalLM.from_config(config, **models.attention(backbone.length, config)).float()
         models.mark_drawn(decoder, (name for name, _ in decoder.named_parameters()))
         with torch.no_grad():
             ours, theirs = decoder.get_input_embeddings().weight, encoder.get_input_embeddings().weight
