@@ -90,6 +90,11 @@ def test_cell(task, family, data, backbones, tmp_path):
     answers = [next(row[k] for k in ("label", "translation", "answer") if k in row) for row in rows if row["where"] in places]
     assert len(answers) == chosen
     assert answers == list(written)
+    if task == "qa":
+        assert list(json.loads(file.read_text())) == [e.id for e in test]
+    if task == "translation":
+        beside = [(file.parent / f"{name}.txt").read_text().splitlines() for name in ("sources", "references")]
+        assert beside == [[e.text for e in test], [e.target for e in test]]
     namespace = {}
     card = (out / "README.md").read_text()
     exec(card.split("```python\n")[1].split("```")[0].replace("print(", "shown = ("), namespace)

@@ -197,7 +197,12 @@ def test_written_answers(folder_of):
     task = QuestionAnswering(answer="text", beams=1)
     for architecture in ("gpt2", "t5"):
         backbone = Backbone.load(str(folder_of[architecture]), 64)
-        some = word_questions(3)
+        some = [question(n, text, len(text) - 4, len(text)) for n, text in enumerate(["a film that is good", "it was dull", "and so long"])]
+        end = task.separator if architecture == "gpt2" else "</s>"
+        for (item,), asked in zip(task.encode(backbone, some), some, strict=True):
+            shown, target = (backbone.tokenizer.decode(item[name]) for name in ("input_ids", "target"))
+            assert shown == f"<s>{asked.question}{task.separator}{asked.text}{end}"
+            assert target == f"{asked.answers[0][0]}</s>"
         scores, guesses = task.evaluate(task.model(backbone, True, 0), backbone, some, 2)
         assert set(scores) == {"exact_match", "f1"}
         assert len(guesses) == 3

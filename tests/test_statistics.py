@@ -49,13 +49,15 @@ def test_equivalence_on_a_known_curve():
 
 def test_equivalence_interval_holds_the_truth():
     """Noisy seeds around a known curve: the 95% interval holds the true value nearly always."""
-    rng, held = np.random.default_rng(1), 0
+    rng, held, widths = np.random.default_rng(1), 0, []
     for _ in range(40):
         noise = lambda mean: (mean + rng.normal(0, 0.01, 8)).tolist()  # noqa: E731
         scratch = {n: noise(0.5 + 0.1 * np.log10(n / 10)) for n in (10, 100, 1000, 10000)}
         (row,) = statistics.equivalence(results_of(scratch, {100: noise(0.65)}), draws=400)
         held += row["interval"][0] <= 10**2.5 <= row["interval"][1]
+        widths.append(row["interval"][1] / row["interval"][0])
     assert held >= 33
+    assert np.median(widths) < 2.5, "and says something: a step of the curve is a factor of 10"
 
 
 def test_equivalence_needs_a_curve():
