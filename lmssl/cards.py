@@ -74,6 +74,7 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 def task_card(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
     """The card of a fine-tuned model: what it reached beside its twin, and how to use it."""
     folder, task = recipe["trainer"]["output_dir"], metrics["task"]
+    accepted = "".join(f"Accepted: {report.accepted_in_words(change)}.\n\n" for change in metrics.get("accepted", []))
     return _card(
         folder,
         [task],
@@ -82,7 +83,7 @@ def task_card(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
 
 {report.label_table(metrics)}
 
-{"".join(f"Accepted: {report.accepted_in_words(change)}.{chr(10)}{chr(10)}" for change in metrics.get("accepted", []))}Leak check: {report.leaks_in_words(metrics["leaks"])}.
+{accepted}Leak check: {report.leaks_in_words(metrics["leaks"])}.
 
 {use(metrics, recipe)}Files of inputs: `lmssl predict {folder} FILE`.
 

@@ -121,8 +121,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt as error:
         goes_on = ", --resume continues from it" if hasattr(options, "resume") else ""
-        print(f"lmssl: {str(error) or 'SIGINT'}: stopped outside training steps; what was completed on disk is intact{goes_on}", file=sys.stderr)
-        return 143 if str(error) else 130
+        ended = Interrupted.by(error, f"stopped outside training steps; what was completed on disk is intact{goes_on}")
+        print(f"lmssl: {ended}", file=sys.stderr)
+        return ended.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0

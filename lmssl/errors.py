@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import signal
 from collections.abc import Callable, Iterable, Iterator
 
 
@@ -31,6 +32,11 @@ class Interrupted(Exception):
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.exit_code = 128 + signum
+
+    @classmethod
+    def by(cls, error: KeyboardInterrupt, what: str) -> "Interrupted":
+        """Of Python's exception for a signal, which has SIGTERM's name where it is that one (lmssl.cli)."""
+        return cls(f"{str(error) or 'SIGINT'}: {what}", signal.SIGTERM if str(error) else signal.SIGINT)
 
 
 @contextlib.contextmanager

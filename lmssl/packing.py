@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from lmssl import machine
-from lmssl.data.stream import Collator, Stream, two_lengths
+from lmssl.data.stream import Collator, Stream
 from lmssl.objectives.base import Family
 
 BEFORE, BOTH = "lmssl_varlen_causal", "lmssl_varlen"
@@ -53,9 +53,9 @@ def positions_within(segments: Tensor) -> Tensor:
     return at - torch.where(first, at, 0).cummax(1).values
 
 
-def collator(stream: Stream, seq_length: int, family: Family, device: torch.device) -> Collator:
-    """What makes the training batches of a stream on a device, with `borders` where attention takes them."""
-    return Collator(stream.objective, seq_length, family, stream.vocab.pad, most_documents(stream, family, device), two_lengths(stream, seq_length))
+def collator(stream: Stream, seq_length: int, family: Family, device: torch.device, lengths: dict[str, tuple[int, ...]] | None = None) -> Collator:
+    """What makes the batches of a stream on a device, with `borders` where attention takes them; `lengths` as `Collator`."""
+    return Collator(stream.objective, seq_length, family, stream.vocab.pad, most_documents(stream, family, device), lengths)
 
 
 def most_documents(stream: Stream, family: Family, device: torch.device) -> int | None:

@@ -178,7 +178,8 @@ def write(rows: Iterator[dict[str, Any]], out: Path | None) -> None:
     A pipe, a device or a link is written to; an ordinary file is replaced when the predictions are whole.
 
     Raises:
-        UserError: a bad record; the file then holds the predictions before it.
+        UserError: a bad record; the predictions before it are kept in OUT.part.
+        Interrupted: a signal; so are those before it.
     """
     first = next(rows, None)
     whole = () if first is None else chain([first], rows)
@@ -194,14 +195,12 @@ def write(rows: Iterator[dict[str, Any]], out: Path | None) -> None:
                 print(json.dumps(row, ensure_ascii=False), file=file)
         if ordinary:
             beside.replace(out)
-    except BaseException as error:
+    except (UserError, KeyboardInterrupt) as error:
         if not ordinary or not beside.stat().st_size:
             raise
         kept, ordinary = beside, False
         if isinstance(error, KeyboardInterrupt):
-            raise Interrupted(f"{str(error) or 'SIGINT'}: the predictions made until then are in {kept}", 15 if str(error) else 2) from error
-        if not isinstance(error, UserError):
-            raise
+            raise Interrupted.by(error, f"the predictions made until then are in {kept}") from error
         raise UserError(f"{error}; the predictions before it are in {kept}") from error
     finally:
         if ordinary:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from lmssl import forward, machine, models, output, packing
 from lmssl.arguments import FEWER_ROWS
-from lmssl.data.stream import Collator, Stream
+from lmssl.data.stream import Collator, Stream, two_lengths
 from lmssl.data.tokens import TokenSet
 from lmssl.errors import Diverged, UserError, fitting
 from lmssl.evaluation import held_out, held_out_stream
@@ -76,7 +76,7 @@ class PretrainTrainer(ExactTrainer):
         self.start = models.decoder_start(model.config)
         batch = processes() * args.per_device_train_batch_size * args.gradient_accumulation_steps
         stream = Stream(train_dataset, objective, length, args.seed, args.max_steps * batch, self.start)
-        collator = packing.collator(stream, length, family, args.device)
+        collator = packing.collator(stream, length, family, args.device, two_lengths(stream, length))
         kernel = collator.most_documents is not None
         if doubt := getattr(objective, "doubt", lambda *_: None)(length, stream.vocab):
             log.warning(doubt)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, TrainingArguments
 
-from lmssl import activations, config, forward, machine
+from lmssl import activations, config, forward, machine, ranks
 from lmssl.arguments import FEWER_ROWS
 from lmssl.data.stream import Collator, Stream
 from lmssl.errors import Stopped, UserError, fitting, out_of_memory
@@ -60,6 +60,7 @@ def choose(values: Mapping[str, Any], args: TrainingArguments, model: PreTrained
     done = dict(values)
     if done["batch"] == "given" and "torch_compile" in done:
         return done
+    forward.check_isolated(forward.prepare(model), stream.vocab, stream.row_length)  # what is timed takes a mask
     parts = done.get("gradient_accumulation_steps", 1)
     rows = done["per_device_train_batch_size"] * parts
     seconds: dict[int, float] = {}
@@ -77,7 +78,7 @@ def choose(values: Mapping[str, Any], args: TrainingArguments, model: PreTrained
                 step = _step(args, model, stream, collator, size, parts)
         done["torch_compile"] = step * steps > WORTH and machine.compiles(args.device.type)
         log.info("trainer.torch_compile: %s; %d steps would take %.0f s without", str(done["torch_compile"]).lower(), steps, step * steps)
-    return broadcast_object_list([done])[0] if args.world_size > 1 else done
+    return ranks.as_the_first(done)
 
 
 def fastest(args: TrainingArguments, model: PreTrainedModel, stream: Stream, collator: Collator, rows: int) -> tuple[int, dict[int, float]]:
@@ -107,8 +108,7 @@ def fastest(args: TrainingArguments, model: PreTrainedModel, stream: Stream, col
 def _step(args: TrainingArguments, model: PreTrainedModel, stream: Stream, collator: Collator, size: int, parts: int, repeats: int = 3) -> float:
     """Seconds of the passes of a step of so many micro-batches, not compiled."""
     machine.keep_memory(args.device.type)  # as the trainer will
-    if args.device.type == "cpu":
-        activations.quicker(model)
+    activations.quicker(model, args.device.type)
     batch = {k: v.to(args.device) for k, v in collator([stream[i] for i in range(min(size, len(stream)))]).items()}
     prepared = forward.prepare(model.to(args.device), collator.most_documents is not None)
     call = partial(forward.output_for_loss, prepared, forward.head_for_loss(prepared, stream.vocab, args))

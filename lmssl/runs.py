@@ -160,7 +160,7 @@ def assemble(recipe: PretrainRecipe, objective: Objective, tokenizer: Tokenizer,
         objective, tokenizer: of `check`.
         values: of `arguments.resolve`.
     """
-    from lmssl import forward, models, packing, probe
+    from lmssl import models, packing, probe
     from lmssl.pretraining import PretrainTrainer
 
     token_set = prepared(recipe.data, tokenizer, quiet=quiet)
@@ -168,7 +168,6 @@ def assemble(recipe: PretrainRecipe, objective: Objective, tokenizer: Tokenizer,
     args, length = arguments.build(values), recipe.data.seq_length
     stream = Stream(token_set, objective, length, args.seed, args.max_steps * arguments.global_batch(values), _start(recipe))
     model = models.build(recipe.model, stream.vocab, objective, length, args.seed)
-    forward.check_isolated(forward.prepare(model), stream.vocab, length)  # the probe's passes rest on it
     values = probe.choose(values, args, model, stream, packing.collator(stream, length, models.family_of(model.config), args.device))
     args = arguments.build(values)
     return PretrainTrainer(model, objective, token_set, args, recipe.data.seq_length, quiet=quiet, **arguments.own(values)), values

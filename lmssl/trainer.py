@@ -80,8 +80,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self._refuse_parts()
         for callback in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.remove_callback(callback)
-        if args.device.type == "cpu":
-            activations.quicker(model)
+        activations.quicker(model, args.device.type)
         if args.torch_compile:
             machine.same_bits(args.device.type)
             if args.device.type == "cuda":
@@ -421,16 +420,14 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             Interrupted: a signal, after saving.
             UserError: a run that begins where checkpoints of another lie, of which only the newest would be kept.
         """
-        if resume is None and self.args.save_strategy != "no" and (found := checkpoints.all_of(Path(self.args.output_dir))):
+        beside = checkpoints.all_of(Path(self.args.output_dir)) if self.args.save_strategy != "no" else []
+        if beside and resume is None:
             raise UserError(
-                f"output_dir: {self.args.output_dir} holds checkpoints of an earlier run ({found[0].name}); run(resume_point()) goes on with it, another folder begins anew"
+                f"output_dir: {self.args.output_dir} holds checkpoints of an earlier run ({beside[0].name}); run(resume_point()) goes on with it, another folder begins anew"
             )
-        if resume is not None and resume.resolve().parent == Path(self.args.output_dir).resolve():
-            newer = [f.name for f in checkpoints.all_of(resume.parent) if checkpoints.step_of(f) > checkpoints.step_of(resume)]
-            if newer and self.args.save_strategy != "no":
-                log.warning(
-                    "%s: newer checkpoints lie beside it (%s), of all of which the newest are kept and resumed; move them elsewhere to go back for good", resume, ", ".join(newer)
-                )
+        at = next((k for k, folder in enumerate(beside) if resume and folder.samefile(resume)), 0)
+        if newer := ", ".join(folder.name for folder in beside[:at]):
+            log.warning("%s: newer checkpoints lie beside it (%s), of all of which the newest are kept and resumed; move them elsewhere to go back for good", resume, newer)
         with self.guard.signals():
             try:
                 with fitting("a training step", self.fewer_rows, self.stopped):

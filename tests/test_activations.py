@@ -43,7 +43,9 @@ def test_its_gradient_is_its_own():
 def test_compiled(bf16, close):
     plain = nn.Sequential(nn.Linear(8, 16), NewGELUActivation(), nn.Linear(16, 16), GELUTanh(), nn.Linear(16, 1))
     ours, x = copy.deepcopy(plain), torch.randn(32, 8)
-    quicker(ours)
+    quicker(ours, "cuda")
+    assert [type(m) for m in ours] == [type(m) for m in plain]
+    quicker(ours, "cpu")
     assert [type(m) for m in ours] == [nn.Linear, Gelu, nn.Linear, Gelu, nn.Linear]
     call = torch.compile(ours, fullgraph=True)
     plain(x).square().sum().backward()

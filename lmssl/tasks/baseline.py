@@ -26,7 +26,7 @@ def tfidf(train: Sequence[Any], test: Sequence[Any], task: Task) -> dict[str, fl
     """The score of logistic regression on TF-IDF of unigrams and bigrams, of words with spaces around them; where most texts have none, as in Chinese, of characters.
 
     Its regularisation is chosen by stratified cross-validation on the training examples alone, 5-fold or as many
-    as the rarest class has examples; one example of a class leaves no fold, and C = 1.
+    as the largest class has examples; where fewer than two classes have two, C = 1.
 
     Args:
         train, test: examples with `texts()` and `label`.
