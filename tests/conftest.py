@@ -13,6 +13,14 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Each test draws the same whichever ran before it."""
+    from transformers import set_seed
+
+    set_seed(0)
+
+
 @pytest.fixture(scope="session")
 def shared_dir(tmp_path_factory):
     """One folder for what several tests prepare."""

@@ -39,8 +39,9 @@ def test_its_gradient_is_its_own():
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-@pytest.mark.parametrize(("bf16", "close"), [(False, 1e-5), (True, 0.03)])
+@pytest.mark.parametrize(("bf16", "close"), [(False, 1e-5), (True, 0.02)])
 def test_compiled(bf16, close):
+    """The loss is linear in the output: the gradient of one bias would else hang on a sum that may be near zero."""
     plain = nn.Sequential(nn.Linear(8, 16), NewGELUActivation(), nn.Linear(16, 16), GELUTanh(), nn.Linear(16, 1))
     ours, x = copy.deepcopy(plain), torch.randn(32, 8)
     quicker(ours, "cuda")
@@ -48,9 +49,9 @@ def test_compiled(bf16, close):
     quicker(ours, "cpu")
     assert [type(m) for m in ours] == [nn.Linear, Gelu, nn.Linear, Gelu, nn.Linear]
     call = torch.compile(ours, fullgraph=True)
-    plain(x).square().sum().backward()
+    plain(x).sum().backward()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        call(x).float().square().sum().backward()
+        call(x).float().sum().backward()
     for (name, found), expected in zip(ours.named_parameters(), plain.parameters(), strict=True):
         assert apart(found.grad, expected.grad) < close, name
 

@@ -36,7 +36,6 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy_equals_torch(dtype, way):
-    torch.manual_seed(0)
     columns = 4099
     logits = torch.randn(2 * CHUNK // columns + 3, columns).to(dtype).requires_grad_()
     labels = torch.randint(0, columns, (len(logits),))
@@ -52,7 +51,7 @@ def test_cross_entropy_equals_torch(dtype, way):
 def test_cross_entropy_gradient_numerically():
     logits = torch.randn(6, 11, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([1, 2, -100, 4, 10, 0])
-    assert torch.autograd.gradcheck(lambda x: summed_cross_entropy(x, labels), logits, atol=1e-3, eps=1e-3)
+    assert torch.autograd.gradcheck(lambda x: summed_cross_entropy(x, labels), logits, atol=1e-3, eps=1e-2)
 
 
 class Largest(TorchDispatchMode):
@@ -70,7 +69,6 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_cross_entropy_equals_torch(dtype, bias, way):
     """Loss and all gradients, with labels that ask nothing, over more rows than go at a time; and no logits of all rows anywhere."""
-    torch.manual_seed(0)
     columns = PROJECTED // FEWEST + 1
     values = [torch.randn(2 * FEWEST + 3, 16), torch.randn(columns, 16) / 4, *([torch.randn(columns)] if bias else [])]
     labels = torch.randint(0, columns, (len(values[0]),))

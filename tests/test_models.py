@@ -31,7 +31,6 @@ def test_no_document_sees_another(architecture, implementation):
     """Changing one document's tokens moves no other's logits: encoder side, decoder side, both."""
     model = forward.prepare(small_model(architecture, VOCAB, 32, attn_implementation=implementation)).eval()
     segments = torch.tensor([[1] * 7 + [2] * 8 + [3] * 3 + [0] * 2, [1] * 10 + [2] * 10])
-    torch.manual_seed(0)
     x, y = torch.randint(5, 50, (2, 20)), torch.randint(5, 50, (2, 20))
     other_x, other_y = x.clone(), y.clone()
     other_x[0, 7:15], other_y[0, 7:15] = torch.randint(5, 50, (8,)), torch.randint(5, 50, (8,))
@@ -161,7 +160,6 @@ def test_an_architecture_that_takes_no_such_mask_is_refused():
 def test_packed_equals_alone(architecture):
     """A document's logits in the middle of a row are those it has alone (BART's positions are absolute)."""
     model = forward.prepare(small_model(architecture, VOCAB, 32)).eval()
-    torch.manual_seed(0)
     x = torch.randint(5, 50, (1, 20))
     segments = torch.tensor([[1] * 7 + [2] * 8 + [3] * 5])
     more = {"decoder_input_ids": x, "decoder_segments": segments} if architecture == "t5" else {}

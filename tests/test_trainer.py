@@ -138,7 +138,6 @@ def test_one_process_takes_one_gpu(shared_dir, tmp_path, caplog):
 def test_muon_is_torchs_own(monkeypatch):
     """Matrices of one shape taken together end where torch.optim.Muon takes them one by one; and so does AdamW beside it."""
     monkeypatch.setattr(machine, "native_bf16", lambda device: True)
-    torch.manual_seed(0)
     shapes = [(32, 32), (64, 32), (32, 32), (32, 64), (64, 32), (100, 32), (32,)]
     ours, theirs = ([torch.nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(n))) for n, s in enumerate(shapes)] for _ in range(2))
     groups = [{"params": ours[:5], "muon": True, "weight_decay": 0.1}, {"params": ours[5:], "muon": False, "weight_decay": 0.0}]
