@@ -82,7 +82,7 @@ def test_linear_cross_entropy_equals_torch(dtype, bias, way):
 
     ours, ours_grads, held = of(lambda *v: linear_cross_entropy(*v, labels))
     theirs, theirs_grads, whole = of(lambda *v: F.cross_entropy(F.linear(*v).float(), labels, reduction="sum"))
-    assert ours == pytest.approx(theirs, rel=1e-6 if dtype == torch.float32 else 1e-5)
+    assert ours == pytest.approx(theirs, rel=1e-6 if dtype == torch.float32 else 1e-4)
     for mine, expected in zip(ours_grads, theirs_grads, strict=True):
         assert mine.dtype == expected.dtype
         assert apart(mine.double(), expected.double()) < (1e-6 if dtype == torch.float32 else 1e-2)
