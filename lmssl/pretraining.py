@@ -62,17 +62,8 @@ class PretrainTrainer(ExactTrainer):
         family = models.check_family(model.config, objective, section["name"])
         self._tokenizer = train_dataset.tokenizer
         self._tokenizer.check(objective, section["name"])
-        rows, ids = model.get_input_embeddings().weight.shape[0], train_dataset.manifest["vocabulary"]
-        if ids > rows:
-            raise UserError(f"the tokenizer has {ids} ids, the model {rows} embeddings; models.build takes the size from the tokenizer")
-        if args.max_steps <= 0:
-            raise UserError(f"trainer.max_steps: {args.max_steps} must be at least 1 optimizer step")
-        if not train_dataset.manifest["held_out"]["documents"]:
-            raise UserError("train_dataset: no document is held out, and a run is judged by held-out text; prepare it with held_out above 0")
-        length = seq_length or models.max_length(model.config)
-        if length is None:
-            raise UserError("seq_length: this model has no fixed number of positions; say how many tokens a row has")
-        self.seq_length, self.objective = length, objective
+        self.objective = objective
+        self.seq_length = length = _checked_length(model, train_dataset, args, seq_length)
         self.start = models.decoder_start(model.config)
         batch = processes() * args.per_device_train_batch_size * args.gradient_accumulation_steps
         stream = Stream(train_dataset, objective, length, args.seed, args.max_steps * batch, self.start)
@@ -81,14 +72,7 @@ class PretrainTrainer(ExactTrainer):
         if doubt := getattr(objective, "doubt", lambda *_: None)(length, stream.vocab):
             log.warning(doubt)
         rows_of = {} if stream.row_length == length else {"row_length": stream.row_length}
-        identity = train_dataset.identity | {"objective": section | rows_of, "seed": args.seed, "batch": batch, "seq_length": length, "threads": torch.get_num_threads()}
-        identity |= {
-            "bf16": bool(args.bf16),
-            "fp16": bool(args.fp16),
-            "torch_compile": bool(args.torch_compile),
-            "optimizer": optimizer if optimizer == "muon" else args.optim.value.removesuffix("_fused"),
-        }
-        identity |= {name: getattr(args, name) for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")}
+        identity = train_dataset.identity | {"objective": section | rows_of, "batch": batch, "seq_length": length} | _identity(args, optimizer)
         self.held_out_stream = held_out_stream(stream, length, self.start)
         if not any((item["labels"] != IGNORE).any() for item in map(self.held_out_stream.__getitem__, range(len(self.held_out_stream)))):
             raise UserError(f"data.held_out: {section['name']} asks for no token of the held-out text; it is too short to judge a run by, hold out more")
@@ -193,3 +177,31 @@ class PretrainTrainer(ExactTrainer):
             "curve": self.curve,
             **({"earlier_data": self.earlier_data} if self.earlier_data else {}),
         }
+
+
+def _checked_length(model: PreTrainedModel, token_set: TokenSet, args: TrainingArguments, seq_length: int | None) -> int:
+    """Tokens of a row, once model, tokens and arguments are found to fit together."""
+    rows, ids = model.get_input_embeddings().weight.shape[0], token_set.manifest["vocabulary"]
+    if ids > rows:
+        raise UserError(f"the tokenizer has {ids} ids, the model {rows} embeddings; models.build takes the size from the tokenizer")
+    if args.max_steps <= 0:
+        raise UserError(f"trainer.max_steps: {args.max_steps} must be at least 1 optimizer step")
+    if not token_set.manifest["held_out"]["documents"]:
+        raise UserError("train_dataset: no document is held out, and a run is judged by held-out text; prepare it with held_out above 0")
+    length = seq_length or models.max_length(model.config)
+    if length is None:
+        raise UserError("seq_length: this model has no fixed number of positions; say how many tokens a row has")
+    return length
+
+
+def _identity(args: TrainingArguments, optimizer: str) -> dict[str, Any]:
+    """What of the arguments decides a run's bits, beside its data and batch: resuming compares it."""
+    return {
+        "seed": args.seed,
+        "threads": torch.get_num_threads(),
+        "bf16": bool(args.bf16),
+        "fp16": bool(args.fp16),
+        "torch_compile": bool(args.torch_compile),
+        "optimizer": optimizer if optimizer == "muon" else args.optim.value.removesuffix("_fused"),
+        **{name: getattr(args, name) for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")},
+    }

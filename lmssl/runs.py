@@ -65,15 +65,10 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
         raise UserError(f"--resume: {out} is finished at step {before['steps']}, and its checkpoints are gone; {way_out}")
     if point is None and models.init_of(recipe.model) == "text":
         beginnings.begin_from_text(trainer.model, trainer.train_dataset.tokens, trainer.args.seed)
-    resolved = {"data": dataclasses.asdict(recipe.data), "model": recipe.model, "objective": fields_of(objective), "trainer": values}
-    resolved["data"]["tokenizer"] = recipe.data.tokenizer or recipe.continued
+    data = dataclasses.asdict(recipe.data) | {"tokenizer": recipe.data.tokenizer or recipe.continued}
+    resolved = {"data": data, "model": recipe.model, "objective": fields_of(objective), "trainer": values}
     if trainer.is_world_process_zero():
-        text = config.dump(output.plain(resolved))
-        output.write(out / "recipe.yaml", text)
-        if not quiet:
-            steps, batch, stream = trainer.args.max_steps, trainer.global_batch, trainer.train_dataset
-            log.info("%s", text)
-            log.info("%s; %d steps of %d rows are %.2f epochs", data_in_words(stream.tokens, stream.rows), steps, batch, steps * batch / stream.rows)
+        _announce(out, trainer, resolved, quiet)
     trainer.run(point)
     metrics = trainer.metrics()
     if trainer.is_world_process_zero():
@@ -99,8 +94,7 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
     from lmssl.tasks import curve, ledger
 
     values = arguments.resolve(recipe.trainer, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
-    out = Path(values["output_dir"])
-    first = ranks.first_process()
+    out, first = Path(values["output_dir"]), ranks.first_process()
     present = _leavings(out, ledger.NAME, "checkpoints", "predictions")
     _check_kind(out, "task", overwrite)
     _check_free(out, present, recipe.source, resume or overwrite)
@@ -220,6 +214,16 @@ def _start(recipe: PretrainRecipe) -> int | None:
     from lmssl import models
 
     return models.decoder_start(models.read_config(recipe.continued, "model.from")) if recipe.continued else None
+
+
+def _announce(out: Path, trainer: PretrainTrainer, resolved: dict[str, Any], quiet: bool) -> None:
+    """The recipe of the run into its folder, and what is to be done on the terminal."""
+    text = config.dump(output.plain(resolved))
+    output.write(out / "recipe.yaml", text)
+    if not quiet:
+        steps, batch, stream = trainer.args.max_steps, trainer.global_batch, trainer.train_dataset
+        log.info("%s", text)
+        log.info("%s; %d steps of %d rows are %.2f epochs", data_in_words(stream.tokens, stream.rows), steps, batch, steps * batch / stream.rows)
 
 
 def data_in_words(token_set: TokenSet, rows: int) -> str:

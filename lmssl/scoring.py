@@ -30,24 +30,12 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     from lmssl.evaluation import held_out
 
     folder = Path(checkpoint)
-    saved = config.load(folder / "recipe.yaml", (), PRETRAIN) if (folder / "recipe.yaml").is_file() else {}
     checkpoint_config = models.read_config(checkpoint, "CHECKPOINT")
     family = models.family_of(checkpoint_config)
     tokenizer = tokenization.load(checkpoint)
     fallback = {"decoder": "next_token", "encoder": "masked", "encoder-decoder": "span_corruption" if tokenizer.sentinels else "infilling"}[family]
-    sections: dict[str, dict[str, Any]] = {
-        "data": {"seq_length": min(models.max_length(checkpoint_config) or 128, LONGEST)},
-        "objective": {"name": fallback},
-        "model": {},
-        "trainer": {},
-    }
-    sections |= saved
-    sections = config.apply_overrides(sections, overrides, ("data", "objective", "trainer"))
     own_text = not any(o.startswith("data.text=") for o in overrides)
-    if own_text and any(o.startswith(("data.held_out=", "data.decontaminate=")) for o in overrides):
-        raise UserError("data.held_out: what this checkpoint was trained on would be measured too; other text: data.text=PATH")
-    if own_text and "text" not in sections["data"]:
-        raise UserError("data.text: missing; this checkpoint has no recipe, so say what to evaluate on: data.text=PATH")
+    sections = _sections(folder, overrides, fallback, min(models.max_length(checkpoint_config) or 128, LONGEST), own_text)
     data = config.build(DataSection, sections["data"] | {"tokenizer": checkpoint}, "data")
     objective = make(sections["objective"]).held_out()
     models.check_family(checkpoint_config, objective, sections["objective"]["name"])
@@ -74,6 +62,19 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     else:
         _note(folder, "held_out", found)
     return found
+
+
+def _sections(folder: Path, overrides: typing.Sequence[str], objective: str, length: int, own_text: bool) -> dict[str, dict[str, Any]]:
+    """The recipe of a checkpoint, or where it has none a name and a length, with overrides; refused where it would measure what was trained on."""
+    sections: dict[str, dict[str, Any]] = {"data": {"seq_length": length}, "objective": {"name": objective}, "model": {}, "trainer": {}}
+    if (folder / "recipe.yaml").is_file():
+        sections |= config.load(folder / "recipe.yaml", (), PRETRAIN)
+    sections = config.apply_overrides(sections, overrides, ("data", "objective", "trainer"))
+    if own_text and any(o.startswith(("data.held_out=", "data.decontaminate=")) for o in overrides):
+        raise UserError("data.held_out: what this checkpoint was trained on would be measured too; other text: data.text=PATH")
+    if own_text and "text" not in sections["data"]:
+        raise UserError("data.text: missing; this checkpoint has no recipe, so say what to evaluate on: data.text=PATH")
+    return sections
 
 
 def evaluate_task(checkpoint: str, overrides: typing.Sequence[str]) -> tuple[str, dict[str, Any]]:
