@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from lmssl.errors import UserError, did_you_mean
+from lmssl.errors import UserError, did_you_mean, said
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def parse_yaml(text: str, where: str) -> Any:
         hint = "; text that begins with * needs quotes" if "alias" in f"{error.problem} {error.context}" else ""
         raise UserError(f"{where}{line}: not valid YAML: {error.problem or error.context}{hint}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{where}: not valid YAML: {said(error)}") from None
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), sections: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:

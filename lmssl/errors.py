@@ -61,6 +61,11 @@ def written(what: str, stop: Callable[[str], Exception] = Stopped) -> Iterator[N
         raise
 
 
+def said(error: BaseException, most: int = 300) -> str:
+    """What an exception says in its first line; the name of its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:most]
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an accelerator, or the allocator of a CPU, had no room left."""
     return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in ("can't allocate memory", "MPS backend out of memory"))

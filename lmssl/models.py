@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lmssl.config import check_keys
-from lmssl.errors import UserError, did_you_mean
+from lmssl.errors import UserError, did_you_mean, said
 from lmssl.objectives.base import Family, Objective, Vocab
 
 log = logging.getLogger("lmssl")
@@ -132,10 +132,10 @@ def read_config(source: str, where: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except OSError as error:
         if Path(source).exists():
-            raise UserError(f"{where}: {source}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-        raise UserError(f"{where}: {source} is no folder here, and cannot be had from the hub under that id ({str(error).strip().splitlines()[0][:120]})") from error
+            raise UserError(f"{where}: {source}: cannot be loaded: {said(error)}") from error
+        raise UserError(f"{where}: {source} is no folder here, and cannot be had from the hub under that id ({said(error, 120)})") from error
     except Exception as error:
-        raise UserError(f"{where}: {source}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{where}: {source}: cannot be loaded: {said(error)}") from error
 
 
 def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_length: int, seed: int) -> PreTrainedModel:
@@ -289,7 +289,7 @@ def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Fami
         keys = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32, **attention(seq_length, config, section), **_whole_attention(config)}
         model, info = AUTO[family].from_pretrained(source, output_loading_info=True, **keys)
     except Exception as error:
-        raise UserError(f"model.from: {source}: the weights cannot be loaded: {str(error).strip().splitlines()[0]}{pickled(source)}") from error
+        raise UserError(f"model.from: {source}: the weights cannot be loaded: {said(error)}{pickled(source)}") from error
     if info["missing_keys"]:
         log.warning("model.from: %s lacks %s; they start at random", source, ", ".join(sorted(info["missing_keys"])[:6]))
     mark_drawn(model, info["missing_keys"])

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lmssl import byte_pairs, words
-from lmssl.errors import UserError, did_you_mean
+from lmssl.errors import UserError, did_you_mean, said
 from lmssl.objectives.base import Objective, Vocab
 
 SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
@@ -296,7 +296,7 @@ def load(source: str | Path) -> Tokenizer:
             if (folder / name).is_file():
                 settings |= json.loads((folder / name).read_text(encoding="utf-8"))
     except Exception as error:  # the backend raises bare Exception
-        raise UserError(f"data.tokenizer: {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"data.tokenizer: {path} cannot be read: {said(error)}") from error
     if not any(name in settings for name in _NAMED):  # google-bert's: transformers has them with the architecture's class
         with contextlib.suppress(Exception):  # of many types, where there is no config.json that tells the class
             settings |= _named_by(_theirs(folder))
@@ -360,7 +360,7 @@ def _load_slow(source: str | Path, folder: Path) -> Tokenizer:
     except Exception as error:
         if any(folder.glob("*.model")) and any(importlib.util.find_spec(name) is None for name in ("sentencepiece", "google")):
             raise UserError(f"data.tokenizer: {source} holds a SentencePiece model alone; to read it: pip install sentencepiece protobuf") from error
-        raise UserError(f"data.tokenizer: {source} holds no tokenizer that can be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"data.tokenizer: {source} holds no tokenizer that can be loaded: {said(error)}") from error
     return _assemble(backend, _named_by(theirs), str(source))
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from lmssl import activations, arguments, checkpoints, lookups, machine, models, ranks
 from lmssl.arguments import FEWER_ROWS, WHOLE
 from lmssl.data.stream import Onwards, Stream, count_tokens
-from lmssl.errors import Interrupted, Stopped, UserError, fitting, refused, written
+from lmssl.errors import Interrupted, Stopped, UserError, fitting, refused, said, written
 from lmssl.objectives.cross_entropy import token_loss
 from lmssl.optimizers import MuonAdamW, muon_groups, sizes_of
 from lmssl.watch import Clock, Guard, Progress, of_the_data, spare_worker
@@ -438,7 +438,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
                     raise
                 raise self.stopped(f"the data of step {self.state.global_step + 1} cannot be made: {of_the_data(error)}") from error
             except pickle.UnpicklingError as error:
-                raise UserError(f"{resume}: holds a pickle of more than tensors, which is not loaded: {str(error).splitlines()[0][:200]}") from error
+                raise UserError(f"{resume}: holds a pickle of more than tensors, which is not loaded: {said(error, 200)}") from error
         if self.guard.acted:
             name = signal.Signals(self.guard.signum).name
             where = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

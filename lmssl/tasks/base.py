@@ -23,7 +23,7 @@ from lmssl.config import of_folder as config_of_folder
 from lmssl.data import corpus
 from lmssl.data.stream import generator, mix, permuted
 from lmssl.data.tokens import below, content_hash
-from lmssl.errors import UserError
+from lmssl.errors import UserError, said
 from lmssl.objectives.base import Family
 from lmssl.tasks import adapters
 from lmssl.tokenization import Tokenizer
@@ -238,9 +238,9 @@ class Backbone:
             model, info = auto.from_pretrained(self.source, output_loading_info=True, key_mapping=renamed, **keys)
             models.keep_names(model)
         except ValueError as error:
-            raise UserError(f"model.from: {config.model_type} has no {auto.__name__.removeprefix('AutoModel')} head in transformers: {str(error).splitlines()[0]}") from error
+            raise UserError(f"model.from: {config.model_type} has no {auto.__name__.removeprefix('AutoModel')} head in transformers: {said(error)}") from error
         except Exception as error:  # no weights, a pickle, a broken file: a type for each library in between
-            why = f"the weights cannot be loaded: {str(error).strip().splitlines()[0]}{models.pickled(self.source)}"
+            why = f"the weights cannot be loaded: {said(error)}{models.pickled(self.source)}"
             if "ignore_mismatched_sizes" in str(error):
                 why = f"its weights are of other shapes than {auto.__name__.removeprefix('AutoModel')} has here, for example of a head for other classes"
             raise UserError(f"model.from: {self.source}: {why}") from error
