@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lmssl import __version__, output
-from lmssl.errors import Interrupted, Stopped, UserError
+from lmssl.errors import Interrupted, Stopped, UserError, written
 from lmssl.ranks import first_process
 
 EPILOG = """\
@@ -174,6 +174,8 @@ def _tokenizer(options: argparse.Namespace) -> None:
         raise UserError(f"--held-out: {options.held_out} must be a fraction of 0 or more, below 1")
     if (Path(options.out) / "tokenizer.json").exists():
         raise UserError(f"--out: {options.out} holds a tokenizer already")
+    with written(f"--out: {options.out}", UserError):  # before a long training
+        Path(options.out).mkdir(parents=True, exist_ok=True)
     if options.source:
         tokenizer = tokenization.load(options.source)
         added = tokenizer.complete()
@@ -185,7 +187,8 @@ def _tokenizer(options: argparse.Namespace) -> None:
         tokenizer = tokenization.train(texts, options.kind, options.size, sys.stderr.isatty())
         if bad.count:
             print(f"{bad.count:,} bad records skipped, the first: {bad.first[0]}")
-    tokenizer.save(options.out)
+    with written(f"the tokenizer in {options.out}"):
+        tokenizer.save(options.out)
     print(f"{options.out}: {tokenizer.size} ids, sha256 {tokenizer.hash}")
 
 

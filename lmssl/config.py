@@ -98,9 +98,14 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), sections
 
 
 def of_folder(folder: str | Path) -> dict[str, Any]:
-    """The recipe.yaml that a run left in its folder; empty where there is none. `task` is among its sections where it was fine-tuned."""
+    """The recipe.yaml that a run left in its folder; empty where there is none, or another program's. `task` is among its sections where it was fine-tuned."""
     path = Path(folder) / "recipe.yaml"
-    return (parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}) if path.is_file() else {}
+    try:
+        found = parse_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+    except UnicodeDecodeError:
+        return {}
+    ours = isinstance(found, dict) and found.keys() <= {"task", "data", "model", "objective", "trainer"} and all(isinstance(section, dict) for section in found.values())
+    return found if ours else {}
 
 
 def apply_overrides(recipe: dict[str, dict[str, Any]], overrides: typing.Iterable[str], sections: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -111,6 +116,8 @@ def apply_overrides(recipe: dict[str, dict[str, Any]], overrides: typing.Iterabl
         path = key.split(".")
         if not equals or len(path) < 2 or not all(path):
             raise UserError(f"'{item}': an override reads section.key=value, for example trainer.max_steps=100")
+        if not value:
+            raise UserError(f"'{item}': an empty value; {key}=null takes the default, {key}='\"\"' is an empty text")
         _check_section(f"'{item}'", path[0], sections)
         target: dict = recipe.setdefault(path[0], {})
         for part in path[1:-1]:

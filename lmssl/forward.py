@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmssl import packing
-from lmssl.errors import UserError, refused
+from lmssl.errors import UserError, refused, said
 from lmssl.models import family_of, position_offset
 from lmssl.objectives.base import Vocab
 from lmssl.objectives.cross_entropy import Unprojected
@@ -74,7 +74,7 @@ def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int, kernel
         with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=kernel):
             logits = model(input_ids=ids, segments=segments, **more).logits[:, half:].float()
     except Exception as error:
-        raise UserError(f"model.architecture: '{kind}' cannot be told which tokens may see each other: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"model.architecture: '{kind}' cannot be told which tokens may see each other: {said(error, 200)}") from error
     if (logits[0] - logits[1]).abs().max() > 1e-4 * logits.abs().max():
         raise UserError(
             f"model.architecture: documents packed into one row see each other in '{kind}' (transformers {transformers.__version__} reads their borders from no input there); "

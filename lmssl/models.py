@@ -81,7 +81,7 @@ def config_of(section: Mapping[str, Any], where: str = "model") -> PretrainedCon
         raise UserError(f"{where}: name either an architecture (gpt2, bert, t5, ...) or a checkpoint to continue from (from: FOLDER)")
     if source is not None:
         check_keys(keys, ["attn_implementation"], where)
-        return read_config(str(source), f"{where}.from")
+        return _exact(read_config(str(source), f"{where}.from"), f"{where}.from: {source}")
     if not isinstance(architecture, str):
         raise UserError(f"{where}.architecture: expected the name of an architecture, got {architecture!r}")
     choices = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
@@ -93,10 +93,32 @@ def config_of(section: Mapping[str, Any], where: str = "model") -> PretrainedCon
         raise UserError(f"{where}.init: expected text, local or default, got {init!r}")
     keys.pop("init", None)
     check_keys(keys, known_keys(cls), where)
+    if keys.get("output_router_logits"):
+        raise UserError(f"{where}.output_router_logits: what balances the load of experts is no part of lmssl's loss, and would have no effect; leave it out")
+    if keys.get("return_dict") is False:
+        raise UserError(f"{where}.return_dict: lmssl reads a model's outputs by name; leave it out")
     try:
-        return cls(**{k: v for k, v in keys.items() if v is not None or _takes_nothing(cls, k)})
+        made = cls(**{k: v for k, v in keys.items() if v is not None or _takes_nothing(cls, k)})
     except Exception as error:  # strict dataclass errors, ValueErrors, TypeErrors: each config class has its own
         raise UserError(f"{where}: {architecture} refuses this configuration: {' '.join(str(error).split())}") from error
+    return _exact(made, f"{where}.architecture: '{architecture}'")
+
+
+def _exact(config: PretrainedConfig, where: str) -> PretrainedConfig:
+    """Refuse a model whose loss of a document depends on what else is in its batch."""
+    if getattr(config, "expert_capacity", None):
+        raise UserError(f"{where}: its experts leave out tokens beyond their capacity, so that a document's loss depends on what else is in the batch; take another architecture")
+    return config
+
+
+def _check_rotations(config: PretrainedConfig, seq_length: int) -> None:
+    """Refuse rows for which positions are rotated by the longest document in the batch."""
+    rotations = getattr(config, "rope_parameters", None) or {}
+    usual = rotations.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    if rotations.get("rope_type") == "longrope" and usual and seq_length > usual:
+        raise UserError(
+            f"data.seq_length: {seq_length}; beyond {usual} tokens '{config.model_type}' rotates a whole batch by its longest document (longrope); take {usual} or fewer"
+        )
 
 
 def _takes_nothing(cls: type, key: str) -> bool:
@@ -153,6 +175,7 @@ def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_le
     """
     config = config_of(section)
     family = family_of(config)
+    _check_rotations(config, seq_length)
     needed = max(n for lengths in objective.lengths(seq_length).values() for n in lengths)
     torch.manual_seed(seed)
     if "from" in section:

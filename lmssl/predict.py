@@ -44,7 +44,7 @@ def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) 
     known_by_recipe = bool(sections)
     sections = config.apply_overrides({"task": sections.get("task", {"name": task_name})}, overrides, ("task",))
     task, backbone = make_task(sections["task"]), Backbone.load(checkpoint)
-    known = backbone.tokenizer.settings.get("model_max_length") or 0
+    known = min(backbone.tokenizer.settings.get("model_max_length") or 0, models.max_length(backbone.config) or 10**6)
     names = getattr(backbone.config, "id2label", None) if task.classes else None
     backbone = Backbone.load(checkpoint, known if 0 < known < 10**6 else None, [names[i] for i in sorted(names)] if names else ())
     kind = "regression" if task.classes and len(backbone.classes) < 2 else getattr(backbone.config, "problem_type", None)
@@ -103,19 +103,22 @@ def _named(source: corpus.Source, field: str | None, task: Task) -> Iterator[cor
 
 
 def _stdin(field: str | None) -> Iterator[corpus.Record]:
+    if sys.stdin is None:
+        raise UserError("stdin: is closed; name a FILE")
     for number, raw in enumerate(sys.stdin.buffer, 1):
         where = f"stdin:{number}"
         try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line") from None
-        if not line:
+        if not line.strip():
             continue
-        if line.startswith("{") or field is None:
+        if line.lstrip().startswith("{") or field is None:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: not valid JSON: {error}") from None
+                hint = "" if field is None else '; a text that begins with { reads {"' + field + '": "{..."}'
+                raise UserError(f"{where}: not valid JSON: {error}{hint}") from None
             if not isinstance(record, dict):
                 raise UserError(f"{where}: expected a JSON object, one a line")
             yield record, where
@@ -190,7 +193,7 @@ def write(rows: Iterator[dict[str, Any]], out: Path | None) -> None:
     ordinary = not out.is_symlink() and (out.is_file() or not out.exists())
     beside = out.with_name(f"{out.name}.part") if ordinary else out
     try:
-        with beside.open("w", encoding="utf-8") as file:
+        with beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
             for row in whole:
                 print(json.dumps(row, ensure_ascii=False), file=file)
         if ordinary:

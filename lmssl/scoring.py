@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import typing
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from lmssl import config, output, tokenization
 from lmssl.data import tokens
@@ -13,6 +16,8 @@ from lmssl.errors import UserError, fitting
 from lmssl.history import has_changed
 from lmssl.objectives import make
 from lmssl.recipe import PRETRAIN, DataSection, prepared
+
+log = logging.getLogger("lmssl")
 
 LONGEST = 1024
 """Tokens of a row, at most, that a checkpoint without a recipe is scored with: some read a hundred thousand."""
@@ -94,7 +99,7 @@ def evaluate_task(checkpoint: str, overrides: typing.Sequence[str]) -> tuple[str
     config.check_keys(sections["data"], ["test"], "data")
     config.check_keys(sections["trainer"], ["per_device_eval_batch_size"], "trainer")
     files, batch = sections["data"].get("test"), _batch(sections["trainer"])
-    if not isinstance(files, str | list) or not files:
+    if not files or not all(isinstance(name, str) for name in (files if isinstance(files, list) else [files])):
         raise UserError(f"data.test: missing; {checkpoint} is a fine-tuned model, so name labelled files: data.test=FILE")
     task, backbone, model = predict.load(checkpoint, None, own)
     examples = task.read(corpus.resolve(files, "data.test"))
@@ -133,10 +138,16 @@ def _batch(trainer: dict[str, Any]) -> int:
 
 def _note(folder: Path, key: str, value: dict[str, Any]) -> None:
     """Into metrics.json of a checkpoint that lies here; what is there under other keys, or of other texts, stays."""
-    if folder.is_dir():
-        metrics = output.read_json(folder / "metrics.json") or {}
-        before = metrics.get(key, {}) if key == "evaluated" else {}
-        output.write_json(folder / "metrics.json", metrics | {key: before | value})
+    if not folder.is_dir():
+        return
+    try:
+        with FileLock(folder / ".metrics.lock"):  # of several evaluations at once none is lost
+            metrics = output.read_json(folder / "metrics.json") or {}
+            before = metrics.get(key, {}) if key == "evaluated" else {}
+            output.write_json(folder / "metrics.json", metrics | {key: before | value})
+            (folder / ".metrics.lock").unlink()
+    except OSError as error:
+        log.warning("%s cannot be written, so this score stands nowhere else: %s", folder / "metrics.json", error.strerror or error)
 
 
 def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lmssl import byte_pairs, words
+from lmssl import byte_pairs, output, words
 from lmssl.errors import UserError, did_you_mean, said
 from lmssl.objectives.base import Objective, Vocab
 
@@ -87,9 +87,8 @@ class Tokenizer:
         if self._fast is False:
             self._fast = byte_pairs.encoder(self.backend)
         if self._fast is not None:
-            # A million spaces in a row are more than tiktoken's regular expressions hold.
             with contextlib.suppress(ValueError):
-                return [np.concatenate([bos, ids, eos]).astype(np.int32) for ids in byte_pairs.encode(self._fast, texts)]
+                return [np.concatenate([bos, ids, eos]).astype(np.int32) for ids in byte_pairs.encode(self._fast, self.backend, texts)]
         return [np.array(bos + e.ids + eos, np.int32) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def template(self, text: str) -> np.ndarray:
@@ -228,7 +227,7 @@ class Tokenizer:
         """Write the folder that `AutoTokenizer` and `load` read."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")  # whose errors say what is wrong with the disk
+        output.write(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": int(1e30), "clean_up_tokenization_spaces": False} | self.settings
         settings |= {f"{role}_token": text for role, text in self.roles.items()}
         settings["extra_special_tokens"] = self.sentinels
@@ -398,7 +397,14 @@ def train(texts: Iterable[str], kind: str = "bpe", size: int = 8192, progress: b
         backend = Backend(models.Unigram())
         backend.normalizer, backend.pre_tokenizer, backend.decoder = normalizers.NFKC(), pre_tokenizers.Metaspace(), decoders.Metaspace()
         trainer = trainers.UnigramTrainer(vocab_size=size, special_tokens=tokens, unk_token="<unk>", show_progress=progress)
-    backend.train_from_iterator(_counted(texts), trainer)
+    try:
+        backend.train_from_iterator(_counted(texts), trainer)
+    except UserError:
+        raise
+    except Exception as error:  # the backend raises bare Exception
+        raise UserError(f"size: {size} ids do not do for this text: {said(error)}; a larger one, or kind bpe, which needs 256 bytes alone") from error
+    if backend.get_vocab_size() > size:  # WordPiece keeps every character
+        raise UserError(f"size: the text has more characters than {size} ids hold: {backend.get_vocab_size()} would do, or kind bpe, which needs 256 bytes alone")
     bos, eos = ROLES["bos"], ROLES["eos"]
     backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A {eos}", pair=f"{bos} $A {eos} $B:1 {eos}:1", special_tokens=[(t, backend.token_to_id(t)) for t in (bos, eos)]

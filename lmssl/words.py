@@ -46,12 +46,15 @@ def has_spaceless(text: str) -> bool:
 
 
 def mostly_spaceless(texts: Sequence[str]) -> bool:
-    """Whether most of some texts hold characters of a script without spaces.
+    """Whether most letters of some texts are of a script without spaces.
 
-    >>> mostly_spaceless(["東京", "京都", "Tokyo"]), mostly_spaceless(["東京", "Tokyo"])
-    (True, False)
+    >>> mostly_spaceless(["東京", "京都は", "Tokyo"]), mostly_spaceless(["I live in 東京 now"])
+    (False, False)
+    >>> mostly_spaceless(["東京は大きい", "Tokyo"])
+    True
     """
-    return 2 * sum(map(has_spaceless, texts)) > len(texts)
+    without = sum(len(_SPACELESS_LETTER.findall(text)) for text in texts if has_spaceless(text))
+    return 2 * without > sum(c.isalpha() for text in texts for c in text)
 
 
 def spaced(text: str) -> str:

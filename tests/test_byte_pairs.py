@@ -1,4 +1,4 @@
-"""tiktoken's ids are those of the tokenizers library, or it is not used."""
+"""The ids of fastokens are those of the tokenizers library, or it is not used."""
 
 import json
 
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lmssl import byte_pairs, tokenization
+from lmssl.errors import UserError
 from tests import helpers
 from tests.test_tokenization import ASSET
 
@@ -20,6 +21,10 @@ def slow(texts, backend=MADE.backend):
     return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+def quick(texts, backend=MADE.backend):
+    return [ids.tolist() for ids in byte_pairs.encode(byte_pairs.encoder(backend), backend, texts)]
+
+
 def test_the_asset_and_new_tokenizers_have_one():
     assert FAST is not None
     assert byte_pairs.encoder(helpers.tokenizer("bpe").backend) is not None
@@ -28,21 +33,43 @@ def test_the_asset_and_new_tokenizers_have_one():
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])) | st.text("ab .,'s\n\t 12"), max_size=4))
 def test_any_text_has_the_same_ids(texts):
-    assert [ids.tolist() for ids in byte_pairs.encode(FAST, texts)] == slow(texts)
+    assert quick(texts) == slow(texts)
 
 
 def test_code_points_are_split_alike():
     """A sample of all of them, between letters, digits, spaces and punctuation; tests/bench/preparation.py takes every one."""
     draw = np.random.default_rng(0).choice(np.r_[0:0xD800, 0xE000:0x110000], 20_000, replace=False)
     texts = [f"a{chr(c)}b{chr(c)}1 {chr(c)} {chr(c)}\n{chr(c)}!" for c in draw]
-    assert [ids.tolist() for ids in byte_pairs.encode(FAST, texts)] == slow(texts)
+    assert quick(texts) == slow(texts)
+
+
+def test_long_ones():
+    texts = [" " * 10**6, "a" * 10**5, "\n" * 10**5, "é" * 10**5, "", "x"]
+    assert quick(texts) == slow(texts)
+    assert quick([]) == []
 
 
 def test_specials_spelt_in_a_text_are_text_and_the_ends_are_marked():
-    (ids,) = MADE.encode(["a </s> b <mask> <extra_id_3>"])
-    assert ids.dtype == np.int32
-    assert ids[1:-1].tolist() == slow(["a </s> b <mask> <extra_id_3>"])[0]
-    assert (ids[0], ids[-1]) == (MADE.id("bos"), MADE.id("eos"))
+    texts = ["a </s> b <mask> <extra_id_3>", "<s></s>", "a <s"]
+    for ids, text in zip(MADE.encode(texts), texts, strict=True):
+        assert ids.dtype == np.int32
+        assert ids[1:-1].tolist() == slow([text])[0]
+        assert not {*ids[1:-1].tolist()} & {MADE.id("bos"), MADE.id("eos"), MADE.id("mask")}
+        assert (ids[0], ids[-1]) == (MADE.id("bos"), MADE.id("eos"))
+
+
+def test_an_older_one_is_left_alone(monkeypatch):
+    monkeypatch.setattr(byte_pairs.metadata, "version", lambda name: "0.3.4")
+    assert byte_pairs.encoder(MADE.backend) is None
+    monkeypatch.setattr(byte_pairs.metadata, "version", lambda name: "1.0.0")
+    assert byte_pairs.encoder(MADE.backend) is not None
+
+
+def test_other_ids_are_noticed():
+    """A later fastokens that splits or merges otherwise."""
+    other = byte_pairs.encoder(helpers.tokenizer("bpe").backend)
+    with pytest.raises(UserError, match="pip uninstall fastokens"):
+        byte_pairs.encode(other, MADE.backend, ["two thirds of a film"])
 
 
 def backend(merges, **changes):
@@ -57,12 +84,27 @@ def backend(merges, **changes):
     return Tokenizer.from_str(json.dumps(spec))
 
 
-def test_a_token_that_its_merges_do_not_reach_is_refused():
-    """abc is listed as a + bc, but ab is merged before bc can be: tiktoken would join ab and c."""
-    assert byte_pairs.encoder(backend([("a", "b"), ("a", "c")])) is not None
+def test_merges_are_those_of_the_list():
+    """abc is listed as a + bc, but ab is merged before bc can be: what joins neighbours by their union's id would join ab and c."""
     odd = backend([("a", "b"), ("b", "c"), ("a", "bc")])
     assert len(slow(["abc"], odd)[0]) == 2
-    assert byte_pairs.encoder(odd) is None
+    assert quick(["abc"], odd) == slow(["abc"], odd)
+    passed_over = backend([("a", "b"), ("b", "c"), ("a", "bc")], model={"ignore_merges": True})
+    assert len(slow(["abc"], passed_over)[0]) == 1
+    assert quick(["abc abcabc"], passed_over) == slow(["abc abcabc"], passed_over)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=12), st.lists(st.text("abc ", max_size=12), max_size=6), st.booleans())
+def test_any_list_of_merges_makes_the_same_ids(drawn, texts, ignore):
+    made, merges = ["a", "b", "c"], []
+    for left, right in drawn:
+        pair = made[left % len(made)], made[right % len(made)]
+        if "".join(pair) not in made:
+            merges.append(pair)
+            made.append("".join(pair))
+    some = backend(merges, model={"ignore_merges": ignore})
+    assert quick(texts, some) == slow(texts, some)
 
 
 @pytest.mark.parametrize(
@@ -90,23 +132,20 @@ def split_by(pattern):
     return {"type": "Sequence", "pretokenizers": [split, {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
 
 
-def test_a_pattern_of_its_own():
-    """Llama 3 and Qwen split by a regular expression in front of ByteLevel."""
-    made = backend([("a", "b"), ("1", "2"), ("12", "3"), ("123", "4")], pre_tokenizer=split_by(r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]+"))
-    fast, texts = byte_pairs.encoder(made), ["abab 12345 ab!!", "1234a"]
-    assert [ids.tolist() for ids in byte_pairs.encode(fast, texts)] == slow(texts, made)
-
-
-def test_a_pattern_that_leaves_text_out_loses_none():
-    """BLOOM's: punctuation stands between its matches, which tiktoken would drop."""
-    made = backend([("a", "b")], pre_tokenizer=split_by(r" ?[^(\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"))
-    texts = ["ab, ab.\nab", "ab ab"]
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]+",
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        r" ?[^(\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+",
+    ],
+    ids=["digits", "Llama 3", "BLOOM"],
+)
+def test_a_pattern_of_its_own(pattern):
+    """In front of ByteLevel; of BLOOM's matches punctuation stands between, which is kept."""
+    made = backend([("a", "b"), ("1", "2"), ("12", "3"), ("123", "4")], pre_tokenizer=split_by(pattern))
+    texts = ["abab 12345 ab!!", "1234a", "ab, ab.\nab", "It's\r\n\n  THEY'LL  \u2026\u3002 \u00e9\u0301 \U0001f600", ""]
+    assert byte_pairs.encoder(made) is not None
+    assert quick(texts, made) == slow(texts, made)
     tokenizer = tokenization.Tokenizer(made, {"eos": "a"}, [])
     assert [ids[:-1].tolist() for ids in tokenizer.encode(texts)] == slow(texts, made)
-    assert [ids.tolist() for ids in byte_pairs.encode(byte_pairs.encoder(made), ["ab ab"])] == slow(["ab ab"], made)
-    with pytest.raises(ValueError, match="unmatched"):
-        byte_pairs.encode(byte_pairs.encoder(made), texts)
-
-
-def test_merges_that_are_passed_over_are_left_to_their_own_library():
-    assert byte_pairs.encoder(backend([("a", "b"), ("b", "c"), ("a", "bc")], model={"ignore_merges": True})) is None

@@ -5,6 +5,7 @@ import random
 import re
 import unicodedata
 
+import numpy as np
 import pytest
 
 import lmssl
@@ -206,3 +207,18 @@ def test_texts_too_short_to_be_looked_for_are_counted(corpus_file, tmp_path):
     told = leak_check(str(tmp_path / "run"), [short, short])
     assert not told["checked"]
     assert "fewer than 8 words" in told["reason"]
+
+
+def test_what_every_text_shares_is_found_once(monkeypatch):
+    """A signature under all test texts, and under all documents: each is found, and then no longer looked for."""
+    signature = " ".join(f"sign{k}" for k in range(20))
+    tests, documents = [f"{text} {signature}" for text in sentences(30)], [f"{text} {signature}" for text in sentences(50, seed=1)]
+    own = " ".join(f"own{k}" for k in range(20))
+    for many in (0, 100):
+        monkeypatch.setattr(contamination, "MANY", many)
+        assert contamination.leaked([*tests, own, "w " * 20], [*documents, own]) == list(range(31))
+    grams = Grams(tests)
+    for text in [*documents, *sentences(50, seed=2), own, tests[3], ""]:
+        assert grams.any_in(text) == bool(len(grams.found_in(text)))
+    grams.forget(np.arange(29))
+    assert grams.found_in(documents[0]).tolist() == [29]

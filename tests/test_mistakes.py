@@ -10,6 +10,7 @@ import pytest
 
 from lmssl.cli import run
 from lmssl.config import apply_overrides
+from lmssl.errors import UserError, said
 from lmssl.tasks.sentiment import Sentiment
 from tests.helpers import sentences
 from tests.test_trainer import recipe_of
@@ -204,8 +205,10 @@ def test_a_text_that_changed_is_not_measured_in_its_place(tmp_path, capsys):
 
 
 def test_white_space_of_a_value_stays():
-    made = apply_overrides({}, ["task.cue= Overall, it was", "task.separator= ", "task.n= 3", 'task.quoted=" x"', "task.empty=", "task.list=[ a]"], ("task",))["task"]
-    assert made == {"cue": " Overall, it was", "separator": " ", "n": 3, "quoted": " x", "empty": None, "list": ["a"]}
+    made = apply_overrides({}, ["task.cue= Overall, it was", "task.separator= ", "task.n= 3", 'task.quoted=" x"', "task.empty=''", "task.list=[ a]"], ("task",))["task"]
+    assert made == {"cue": " Overall, it was", "separator": " ", "n": 3, "quoted": " x", "empty": "", "list": ["a"]}
+    with pytest.raises(UserError, match="'data.test=': an empty value; data.test=null takes the default"):
+        apply_overrides({}, ["data.test="], ("data",))
 
 
 @pytest.mark.parametrize("text", [" #sentiment", " It was #1", " # ", " | ", " Sentiment:", " the verdict: ", "*.jsonl", "file.csv::#1"])
@@ -288,3 +291,9 @@ def test_more_processes_than_gpus(corpus_file, tmp_path, monkeypatch, capsys):
     overrides = [f"data.text={corpus_file}", f"trainer.output_dir={tmp_path / 'run'}"]
     line = refusal(capsys, "pretrain", "recipes/pretrain/quickstart.yaml", *overrides, "trainer.use_cpu=false")
     assert "trainer: 2 processes were started on a machine with 1 GPU: torchrun --nproc-per-node 1 (accelerate launch --num_processes 1), or trainer.use_cpu=true" in line
+
+
+def test_what_an_exception_says():
+    assert said(ValueError("one\ntwo")) == "one"
+    assert said(AssertionError()) == "AssertionError"
+    assert said(ValueError("x" * 500), 20) == "x" * 20

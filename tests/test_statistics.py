@@ -37,8 +37,8 @@ def test_further_counts_from_scratch_leave_the_verdict_alone():
 
 def test_equivalence_on_a_known_curve():
     """From scratch: 60% at 100, 70% at 1,000, linear in the logarithm; so 65% is worth 316 labels."""
-    scratch = {100: [0.6] * 3, 1000: [0.7] * 3, 4000: [0.69] * 3}
-    rows = {row["labels"]: row for row in statistics.equivalence(results_of(scratch, {20: [0.65] * 3, 50: [0.7] * 3, 100: [0.75] * 3, 10: [0.5] * 3}))}
+    scratch = {100: [0.6] * 5, 1000: [0.7] * 5, 4000: [0.69] * 5}
+    rows = {row["labels"]: row for row in statistics.equivalence(results_of(scratch, {20: [0.65] * 5, 50: [0.7] * 5, 100: [0.75] * 5, 10: [0.5] * 5}))}
     assert rows[20]["equivalent"] == pytest.approx(10**2.5)
     assert rows[20]["interval"] == pytest.approx([10**2.5] * 2)
     assert rows[50]["equivalent"] == pytest.approx(1000), "the dip at 4,000 is no gain"
@@ -47,17 +47,33 @@ def test_equivalence_on_a_known_curve():
     assert statistics.in_words(rows[100]) == "over 4,000 [over 4,000, over 4,000]"
 
 
-def test_equivalence_interval_holds_the_truth():
+@pytest.mark.parametrize("seeds", [5, 10])
+def test_equivalence_interval_holds_the_truth(seeds):
     """Noisy seeds around a known curve: the 95% interval holds the true value nearly always."""
     rng, held, widths = np.random.default_rng(1), 0, []
-    for _ in range(40):
-        noise = lambda mean: (mean + rng.normal(0, 0.01, 8)).tolist()  # noqa: E731
+    for _ in range(100):
+        noise = lambda mean: (mean + rng.normal(0, 0.01, seeds)).tolist()  # noqa: E731
         scratch = {n: noise(0.5 + 0.1 * np.log10(n / 10)) for n in (10, 100, 1000, 10000)}
-        (row,) = statistics.equivalence(results_of(scratch, {100: noise(0.65)}), draws=400)
+        (row,) = statistics.equivalence(results_of(scratch, {100: noise(0.65)}), draws=1000)
         held += row["interval"][0] <= 10**2.5 <= row["interval"][1]
         widths.append(row["interval"][1] / row["interval"][0])
-    assert held >= 33
+    assert held >= 90, held
     assert np.median(widths) < 2.5, "and says something: a step of the curve is a factor of 10"
+
+
+def test_a_few_seeds_have_no_interval_of_equivalence():
+    (row,) = statistics.equivalence(results_of({10: [0.5] * 4, 100: [0.6] * 4}, {10: [0.55] * 4}))
+    assert row["interval"] is None
+    assert statistics.in_words(row) == "32"
+
+
+def test_no_effect_is_no_gain():
+    """Noise around one mean, for both: the headline claims a gain in one case of forty, the share beyond one end of a 95% interval."""
+    rng, claimed = np.random.default_rng(0), 0
+    for _ in range(1000):
+        results = results_of(*({n: rng.normal(0.6, 0.02, 3).tolist() for n in (20, 100, 500)} for _ in range(2)))
+        claimed += report.verdict({"task": "sentiment", "metric": "accuracy", "results": results, "summary": statistics.summary(results)}).startswith("Pretraining")
+    assert claimed <= 45
 
 
 def test_equivalence_needs_a_curve():
@@ -71,7 +87,7 @@ def test_the_verdict_and_the_table_say_which_is_which():
         return {"task": "sentiment", "metric": "accuracy", "results": results, "summary": statistics.summary(results)}
 
     gained, lost = metrics([0.5, 0.6], [0.65, 0.75]), metrics([0.65, 0.75], [0.5, 0.6])
-    assert report.verdict(gained).startswith("Pretraining changes sentiment accuracy by +15.0 points")
+    assert report.verdict(gained).startswith("Pretraining changes sentiment accuracy by +15.0 points on average (95% interval +15.0 to +15.0); ")
     assert "are few" not in report.verdict(gained | {"test_examples": 100})
     assert report.verdict(gained | {"test_examples": 12}).endswith("12 test examples are few: each is 8.3 points, and no interval over seeds counts them.")
     assert report.verdict(gained | {"test_examples": 12, "metric": "bleu"}).endswith("12 test examples are few, and no interval over seeds counts them.")

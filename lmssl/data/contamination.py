@@ -24,6 +24,10 @@ SHORTEST = 8
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
+MANY = 100
+"""Texts found in one document above which they are looked for no longer: what so many share (a signature) may stand in every document."""
+
+
 class Grams:
     """The word n-grams of some texts, to be looked for in documents.
 
@@ -67,6 +71,17 @@ class Grams:
             hits += [owners[a:b] for a, b in zip(first[last > first], last[last > first], strict=True)]
         return np.unique(np.concatenate(hits))
 
+    def any_in(self, document: str) -> bool:
+        """Whether any text shares an n-gram with a document; what many texts share costs no more than what one has."""
+        hashes = self._hashes(document)
+        return any(len(hashes) >= n and bool(np.isin(_rolling(hashes, n), grams).any()) for n, (grams, _) in self._tables.items())
+
+    def forget(self, numbers: np.ndarray) -> None:
+        """Look for these texts no longer."""
+        for n, (grams, owners) in self._tables.items():
+            kept = ~np.isin(owners, numbers)
+            self._tables[n] = grams[kept], owners[kept]
+
 
 def _rolling(hashes: np.ndarray, n: int) -> np.ndarray:
     """A hash of every n words in a row, uint64 [len - n + 1]."""
@@ -90,5 +105,8 @@ def leaked(tests: Iterable[str], documents: Iterable[str]) -> list[int]:
     """Numbers of the test texts that share an n-gram with any document."""
     grams, found = Grams(tests), set[int]()
     for document in documents:
-        found.update(grams.found_in(document).tolist())
+        new = grams.found_in(document)
+        found.update(new.tolist())
+        if len(new) > MANY:
+            grams.forget(new)
     return sorted(found)

@@ -21,8 +21,10 @@ The first that is not stops the reading with `file:line` and the reason; or, ask
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -91,6 +93,8 @@ def resolve(sources: str | Iterable[str], where: str = "data.text") -> list[Sour
 
 def _resolve_one(name: str, where: str) -> list[Source]:
     text, _, column = name.partition("::")
+    if not text:
+        raise UserError(f"{where}: is empty")
     if text.startswith("package://"):
         return [_file(_package_file(text, where), column, where)]
     if text.startswith("verses://"):
@@ -103,7 +107,7 @@ def _resolve_one(name: str, where: str) -> list[Source]:
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return [Source(str(path), "saved", column or None)]
-        files = [p for p in sorted(path.rglob("*")) if p.is_file() and _kind(p) in KINDS]
+        files = [p for p in _files_under(path) if _kind(p) in KINDS]
         if not files:
             raise UserError(f"{where}: the folder {text} holds no .{', .'.join(KINDS)} file")
         splits = sorted({found[0].lower() for p in files if (found := _SPLIT.match(p.name))}, key="train".__ne__)
@@ -111,16 +115,32 @@ def _resolve_one(name: str, where: str) -> list[Source]:
             log.warning("%s: %s holds files of %s, and all are read; of the first alone: '%s'", where, text, ", ".join(splits), path / "**" / f"{splits[0]}*")
         return [_file(p, column, where) for p in files]
     if any(c in text for c in "*?["):
-        files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+        matches = sorted(glob.glob(str(path), recursive=True))
+        files = [Path(p) for p in matches if Path(p).is_file()]
         if not files:
-            raise UserError(f"{where}: nothing matches {text}")
+            raise UserError(f"{where}: {f'{text} matches folders alone; their files are {text}/**/*.jsonl' if matches else f'nothing matches {text}'}")
+        if left := [p for p in matches if Path(p).is_dir()] if "**" not in text else []:
+            log.warning("%s: %s also matches folders, which are not read (%s); with what is in them: %s", where, text, left[0], path.parent / "**" / path.name)
         return [_file(p, column, where) for p in files]
     hub, _, split = text.partition("@")
     hub, _, chosen = hub.partition(":")
     if ("/" in hub or "." not in hub) and hub.count("/") <= 1 and not hub.startswith((".", "/", "~")) and _kind(path) not in KINDS:
         return [Source(hub, "hub", column or None, split or "train", chosen or None)]
-    siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    siblings = [str(p) for p in itertools.islice(path.parent.iterdir(), 1000)] if path.parent.is_dir() else []  # difflib takes a millisecond for each
     raise UserError(f"{where}: no such file or folder: {text}" + (f"; {did_you_mean(text, siblings)}" if siblings else ""))
+
+
+def _files_under(folder: Path) -> list[Path]:
+    """Every file of a folder and of those in it, through links too, each folder once; sorted."""
+    seen, found = set[str](), list[Path]()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(at) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(at))
+        folders.sort()
+        found += [path for name in names if (path := Path(at, name)).is_file()]
+    return sorted(found)
 
 
 def _package_file(text: str, where: str) -> Path:
@@ -164,7 +184,7 @@ def documents(sources: Iterable[Source], on_bytes: Callable[[int], None] | None 
     for source in sources:
         column = "text" if source.kind == "txt" else "#1" if source.column == "#" else source.column or "text"
         before, good = bad.count, 0
-        for record, where in records(source, on_bytes, bad):
+        for record, where in records(source, on_bytes, bad, column):
             try:
                 value = field_of(record, column, where, "another column: FILE::COLUMN; no header: FILE::#")
                 if not isinstance(value, str):
@@ -178,7 +198,7 @@ def documents(sources: Iterable[Source], on_bytes: Callable[[int], None] | None 
                 yield value, where
         if bad.count > before and not good and (source.kind, source.column) != ("txt", "file"):
             # A misspelt column or the wrong file is no bad record. (A text that is one record may well be bad.)
-            raise UserError(f"{source.path}: none of its {bad.count - before} records can be read, so none is skipped; {bad.first[-1]}")
+            raise UserError(f"{source.path}: none of its {bad.count - before} records can be read, so none is skipped; {bad.last}")
 
 
 def field_of(record: dict[str, Any], column: str, where: str, hint: str = TASK_COLUMNS) -> Any:
@@ -192,8 +212,10 @@ def check_text(text: str, where: str) -> None:
     """Refuse what is not text: NUL characters and lone surrogates."""
     if "\0" in text:
         raise UserError(f"{where}: holds a NUL character: this is not text")
-    if any("\ud800" <= c <= "\udfff" for c in text) if not text.isascii() else False:
-        raise UserError(f"{where}: holds half of a surrogate pair: this is not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half of a surrogate pair: this is not text") from None
 
 
 def text_of(record: dict[str, Any], column: str, where: str, hint: str = TASK_COLUMNS) -> str:
@@ -214,11 +236,15 @@ def labelled(source: Source, hint: str = TASK_COLUMNS) -> Iterator[Record]:
     yield from records(source)
 
 
-def records(source: Source, on_bytes: Callable[[int], None] | None = None, bad: BadRecords | None = None) -> Iterator[Record]:
-    """The records of one source, each a dict of columns, with `file:line`; `bad` as for `documents`."""
+def records(source: Source, on_bytes: Callable[[int], None] | None = None, bad: BadRecords | None = None, only: str | None = None) -> Iterator[Record]:
+    """The records of one source, each a dict of columns, with `file:line`; `bad` as for `documents`.
+
+    Args:
+        only: the column that is looked at, so that others need not be read.
+    """
     bad = bad or BadRecords()
     if source.kind in ("saved", "hub"):
-        yield from _dataset_records(source)
+        yield from _dataset_records(source, only)
         return
     if source.kind == "verses":
         yield from verses.records(source.split)
@@ -227,7 +253,7 @@ def records(source: Source, on_bytes: Callable[[int], None] | None = None, bad: 
         if source.kind == "json":
             yield from formats.json_file(stream, source.path, bad)
         elif source.kind == "parquet":
-            yield from formats.parquet(stream, source.path)
+            yield from formats.parquet(stream, source.path, only)
         elif source.kind == "jsonl":
             yield from formats.jsonl(stream, source.path, bad)
         elif source.kind == "txt":
@@ -236,7 +262,7 @@ def records(source: Source, on_bytes: Callable[[int], None] | None = None, bad: 
             yield from formats.table(stream, source.path, "," if source.kind == "csv" else "\t", (source.column or "").startswith("#"), bad)
 
 
-def _dataset_records(source: Source) -> Iterator[Record]:
+def _dataset_records(source: Source, only: str | None) -> Iterator[Record]:
     import datasets
 
     try:
@@ -250,5 +276,11 @@ def _dataset_records(source: Source) -> Iterator[Record]:
         reason = " ".join(str(error).split())
         way_out = f" (one of several configurations: {source.path}:CONFIG@{source.split})" if "config" in reason and source.kind == "hub" else ""
         raise UserError(f"{source.path} {what}: {type(error).__name__}: {reason[:300]}{way_out}") from error
+    data = data.with_format(None)  # what it was saved with may hide columns, or make other types of them
+    if only in data.column_names:
+        data = data.select_columns([only])
+    for name, feature in data.features.items():
+        if getattr(feature, "decode", False):  # pictures and sound stay bytes
+            data = data.cast_column(name, dataclasses.replace(feature, decode=False))
     for number, record in enumerate(data):
         yield record, f"{source.path}:{number + 1}"

@@ -34,18 +34,20 @@ class BadRecords:
     Attributes:
         count: records left out.
         first: what was wrong with the first few of them, each with its `file:line`.
+        last: what was wrong with the last.
     """
 
     def __init__(self, skip: bool = False, way_out: str = ""):
-        self.skip, self.way_out, self.count, self.first = skip, way_out, 0, list[str]()
+        self.skip, self.way_out, self.count, self.first, self.last = skip, way_out, 0, list[str](), ""
 
     def __call__(self, error: UserError) -> None:
         """Raise the error, or count it."""
         if not self.skip:
             raise UserError(f"{error} ({self.way_out})") if self.way_out else error
         self.count += 1
+        self.last = str(error)
         if len(self.first) < 5:
-            self.first.append(str(error))
+            self.first.append(self.last)
 
 
 class _Once(BadRecords):
@@ -278,7 +280,7 @@ def table(stream: IO[bytes], path: str, delimiter: str, headless: bool, bad: Bad
             continue
         if any("\0" in value for value in row):
             if header is None and not headless:
-                raise UserError(f"{path}:{begin}: the header cannot be read; {bad.first[-1]}")
+                raise UserError(f"{path}:{begin}: the header cannot be read; {bad.last}")
             continue
         if header is None and headless:
             header = [f"#{k + 1}" for k in range(len(row))]
@@ -296,8 +298,8 @@ def table(stream: IO[bytes], path: str, delimiter: str, headless: bool, bad: Bad
         yield dict(zip(header, row, strict=True)), f"{path}:{begin}"
 
 
-def parquet(stream: IO[bytes], path: str) -> Iterator[Record]:
-    """The rows of a parquet file."""
+def parquet(stream: IO[bytes], path: str, only: str | None = None) -> Iterator[Record]:
+    """The rows of a parquet file; of one column where it is named and there."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -309,7 +311,10 @@ def parquet(stream: IO[bytes], path: str) -> Iterator[Record]:
                     plain.write(block)
                 plain.seek(0)
             file = pq.ParquetFile(plain if path.endswith(".gz") else path)
-            for batch in file.iter_batches(batch_size=1024):
+            names = file.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise UserError(f"{path}: two columns are called '{twice[0]}'")
+            for batch in file.iter_batches(batch_size=1024, columns=[only] if only in names else None):
                 for record in batch.to_pylist():
                     number += 1
                     yield record, f"{path}:{number}"

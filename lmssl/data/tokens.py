@@ -196,7 +196,7 @@ def _divide(texts: Iterable[tuple[str, str]], held_out: float | Iterable[tuple[s
     for text, is_held in _marked(new(), fraction):
         if is_held:
             held.add(text)
-        elif tests is not None and len(tests.found_in(text)):
+        elif tests is not None and tests.any_in(text):
             dropped["leaks"] += 1
         else:
             train.add(text)

@@ -7,6 +7,7 @@ either init, encodes, and evaluates; `lmssl.tasks.curve` does everything else, t
 from __future__ import annotations
 
 import math
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,15 @@ from lmssl.tokenization import Tokenizer
 Item = dict[str, Any]
 """One encoded input: arrays and numbers that a collator understands."""
 T = TypeVar("T")
+
+
+def same(text: str) -> str:
+    """What two texts have in common that differ in white space, or in how they compose their accents, alone.
+
+    >>> same(" a  film\\n"), same("a film")
+    ('a film', 'a film')
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,9 +263,15 @@ class Backbone:
         return model
 
     def began_local(self) -> bool:
-        """Whether the checkpoint's own training began as `models.begin_local` has it."""
-        section = config_of_folder(self.source).get("model", {})
-        return "architecture" in section and models.init_of(section) != "default"
+        """Whether the checkpoint's own training, or that of the one which it continues, began as `models.begin_local` has it."""
+        folder, seen = self.source, set[str]()
+        while folder not in seen:
+            seen.add(folder)
+            section = config_of_folder(folder).get("model", {})
+            if "architecture" in section:
+                return models.init_of(section) != "default"
+            folder = str(section.get("from", folder))
+        return False
 
     def _renamed(self, auto: Any) -> dict[str, str] | None:
         """Pattern -> replacement for the names of a pretrained checkpoint, where a head's class calls the model beneath it otherwise.

@@ -25,14 +25,13 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from lmssl import arguments, checkpoints, ranks
 from lmssl.data import corpus
 from lmssl.data.stream import mix
-from lmssl.data.tokens import content_hash
 from lmssl.errors import Diverged, UserError, fitting, written
 from lmssl.models import parameters
 from lmssl.objectives.base import IGNORE
 from lmssl.objectives.cross_entropy import token_loss
 from lmssl.statistics import FEW_TESTS, equivalence, summary, worth
 from lmssl.tasks import adapters, baseline
-from lmssl.tasks.base import Backbone, Few, Item, Task, batched, has_classifier, nested, split_test, split_validation, steps_for
+from lmssl.tasks.base import Backbone, Few, Item, Task, batched, has_classifier, nested, same, split_test, split_validation, steps_for
 from lmssl.tasks.ledger import Ledger, identity_of
 from lmssl.trainer import ExactTrainer
 
@@ -56,8 +55,8 @@ def labelled(task: Task, train: str | list[str], test: float | str | list[str]) 
     if isinstance(test, int | float):
         return split_test(examples, test)
     held = task.read(corpus.resolve(test, "data.test"))
-    known = {content_hash(e.group()) for e in held}
-    left = [e for e in examples if content_hash(e.group()) not in known]
+    known = {same(e.group()) for e in held}
+    left = [e for e in examples if same(e.group()) not in known]
     if len(left) < len(examples):
         log.info("%d examples of data.train are in data.test, too; they are not trained on", len(examples) - len(left))
     if examples and not left:
@@ -122,7 +121,13 @@ def check(task: Task, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
 def in_order_of(config: Any, classes: list[str]) -> list[str]:
     """Class names as the rows of a checkpoint's own trained head stand, where it has one for just these."""
     own = getattr(config, "id2label", None) or {}
-    return [own[i] for i in sorted(own)] if has_classifier(config) and sorted(own.values()) == sorted(classes) else classes
+    if not classes or not has_classifier(config) or len(own) != len(classes):
+        return classes
+    names = [own[i] for i in sorted(own)]
+    if sorted(names) == sorted(classes):
+        return names
+    log.warning("model.from: the head of the checkpoint was trained for %s; its rows are taken for %s, in this order", ", ".join(names[:5]), ", ".join(classes[:5]))
+    return classes
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,9 @@ class QuestionAnswering(Task):
 
     def unlabelled(self, record: dict[str, Any], where: str) -> Question:
         """A record to predict."""
-        return Question(corpus.text_of(record, self.context, where), "", where, corpus.text_of(record, self.question, where), str(record.get(self.id, where)))
+        return Question(
+            corpus.text_of(record, self.context, where), "", where, corpus.text_of(record, self.question, where), str(where if record.get(self.id) is None else record[self.id])
+        )
 
     def fitted(self, train: Sequence[Any], test: Sequence[Any]) -> QuestionAnswering:
         """`no_answer` decided by the examples to train on."""
@@ -222,17 +224,19 @@ class QuestionAnswering(Task):
 
 
 def _answers(record: dict[str, Any], column: str, context: str, where: str) -> tuple[tuple[str, int], ...]:
-    value = corpus.field_of(record, column, where)
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise UserError(f"{where}: column '{column}' holds text that is not JSON ({error}); expected {SHAPE}") from None
     impossible = str(record.get("is_impossible") or "false").lower()
     if impossible not in ("true", "1", "false", "0"):
         raise UserError(f"{where}: column 'is_impossible' holds {record['is_impossible']!r}, expected true or false")
     if impossible in ("true", "1"):
         return ()
+    value = corpus.field_of(record, column, where)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return ()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"{where}: column '{column}' holds text that is not JSON ({error}); expected {SHAPE}") from None
     if isinstance(value, dict):
         texts, starts = value.get("text"), value.get("answer_start")
         pairs = list(zip(texts, starts, strict=False)) if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts) else None

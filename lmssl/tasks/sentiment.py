@@ -28,7 +28,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from lmssl import models
 from lmssl.data import corpus
 from lmssl.errors import UserError
-from lmssl.tasks.base import Backbone, Example, Item, Task, by_length, has_classifier, inputs_of
+from lmssl.tasks.base import Backbone, Example, Item, Task, by_length, has_classifier, inputs_of, same
 from lmssl.tokenization import Tokenizer
 
 log = logging.getLogger("lmssl")
@@ -105,13 +105,13 @@ class Sentiment(Task):
         return self
 
     def read(self, sources: list[corpus.Source]) -> list[Labelled]:
-        """Every labelled example of the sources, exact duplicates dropped and counted."""
+        """Every labelled example of the sources; those of the same text but for white space are dropped and counted."""
         found: dict[tuple[str, ...], Labelled] = {}
         again, torn = 0, list[str]()
         for source in sources:
             for record, where in corpus.labelled(source):
                 example = dataclasses.replace(self.unlabelled(record, where), label=_class(record, self.label, where))
-                kept = found.setdefault(example.texts(), example)
+                kept = found.setdefault(tuple(map(same, example.texts())), example)
                 again += kept is not example
                 if kept.label != example.label:
                     torn.append(f"{where} is '{example.label}', {kept.where} '{kept.label}'")

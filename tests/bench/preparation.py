@@ -3,7 +3,7 @@
     python -m tests.bench.preparation [speed] [memory] [codepoints] [--text FILES]
 
 speed: fresh processes in turns, an empty cache each. memory: the peak of `lmssl prepare` at 100 MB and 2 GB of text.
-codepoints: every code point of Unicode through tiktoken and the tokenizers library.
+codepoints: every code point of Unicode through fastokens and the tokenizers library.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def codepoints() -> None:
         for form in ("a{0}b1{0}2", "!{0}?{0} x", " {0} {0}\n{0}  {0}a"):
             lines = [form.format(c) for c in some]
             slow = backend.encode_batch_fast(lines, add_special_tokens=False)
-            odd += sum(a.tolist() != b.ids for a, b in zip(byte_pairs.encode(fast, lines), slow, strict=True))
+            odd += sum(a.tolist() != b.ids for a, b in zip(byte_pairs.encode(fast, backend, lines), slow, strict=True))
     print(json.dumps({"bench": "code points", "tried": 3 * (0x110000 - 0x800), "different": odd}), flush=True)
 
 

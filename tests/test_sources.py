@@ -1,0 +1,93 @@
+"""Where text is read from: folders, links, globs, and columns that nobody asked for."""
+
+import os
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lmssl.data import corpus
+from lmssl.data.formats import BadRecords
+from lmssl.errors import UserError
+
+
+def texts(name, **more):
+    return [text for text, _ in corpus.documents(corpus.resolve(str(name)), **more)]
+
+
+def test_a_folder_is_read_through_links_and_once(tmp_path):
+    (tmp_path / "text" / "real").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "text" / "real" / "1.txt").write_text("one\n")
+    (tmp_path / "elsewhere" / "2.txt").write_text("two\n")
+    (tmp_path / "text" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "text" / "real" / "round").symlink_to(tmp_path / "text")
+    assert sorted(texts(tmp_path / "text")) == ["one", "two"]
+
+
+def test_folders_that_a_glob_matches_are_spoken_of(tmp_path, caplog):
+    (tmp_path / "en").mkdir()
+    (tmp_path / "en" / "x.txt").write_text("inside\n")
+    with pytest.raises(UserError, match="matches folders alone"):
+        corpus.resolve(str(tmp_path / "*"))
+    (tmp_path / "a.txt").write_text("beside\n")
+    assert texts(tmp_path / "*") == ["beside"]
+    assert "also matches folders, which are not read" in caplog.text
+    caplog.clear()
+    assert texts(tmp_path / "**" / "*") == ["beside", "inside"]
+    assert texts(tmp_path / "*.txt") == ["beside"]
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("name", ["", "::text"])
+def test_nothing_is_not_this_folder(name, tmp_path, monkeypatch):
+    """An unset variable of the shell."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("here\n")
+    with pytest.raises(UserError, match=r"data\.text: is empty"):
+        corpus.resolve(name)
+
+
+def test_what_is_wrong_with_a_file_is_said_of_that_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + "{\n" * 6)
+    (tmp_path / "b.jsonl").write_text('{"body": "x"}\n' * 3)
+    with pytest.raises(UserError, match=r"b\.jsonl: none of its 3 records.*b\.jsonl:3: no column 'text'; did you mean|b\.jsonl:3: no column 'text'"):
+        texts(tmp_path / "*.jsonl", bad=BadRecords(True))
+
+
+def test_other_columns_are_not_read(tmp_path):
+    """Pictures and sound need libraries of their own, and memory."""
+    picture = datasets.Features({"text": datasets.Value("string"), "picture": datasets.Image()})
+    broken = datasets.Dataset.from_dict({"text": ["a", "b"], "picture": [{"bytes": b"no picture", "path": None}] * 2}, features=picture)
+    broken.save_to_disk(str(tmp_path / "saved"))
+    assert texts(tmp_path / "saved") == ["a", "b"]
+    (source,) = corpus.resolve(str(tmp_path / "saved"))
+    assert [record["picture"]["bytes"] for record, _ in corpus.records(source)] == [b"no picture"] * 2
+    for kind in ("numpy", "torch"):
+        plain = datasets.Dataset.from_dict({"text": ["a"], "label": [1]}).with_format(kind, columns=["label"])
+        plain.save_to_disk(str(tmp_path / kind))
+        assert texts(tmp_path / kind) == ["a"]
+        (source,) = corpus.resolve(str(tmp_path / kind))
+        assert [type(record["label"]) for record, _ in corpus.labelled(source)] == [int]
+
+
+def test_the_memory_of_parquet_is_the_columns(tmp_path):
+    pq.write_table(pa.table({"text": ["a", "b"], "weights": pa.array([np.zeros(3).tobytes()] * 2)}), tmp_path / "x.parquet")
+    (source,) = corpus.resolve(str(tmp_path / "x.parquet"))
+    assert [sorted(record) for record, _ in corpus.records(source, only="text")] == [["text"]] * 2
+    assert [sorted(record) for record, _ in corpus.records(source, only="missing")] == [["text", "weights"]] * 2
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "y.parquet")
+    with pytest.raises(UserError, match=r"y\.parquet: two columns are called 'text'"):
+        texts(tmp_path / "y.parquet")
+
+
+def test_a_long_folder_does_not_delay_a_refusal(tmp_path, monkeypatch):
+    for number in range(1500):
+        (tmp_path / f"{number}.jsonl").touch()
+    asked = []
+    monkeypatch.setattr(corpus, "did_you_mean", lambda name, choices: asked.append(len(list(choices))) or "")
+    with pytest.raises(UserError, match="no such file"):
+        corpus.resolve(os.fspath(tmp_path / "x.jsonl"))
+    assert asked == [1000]
