@@ -207,7 +207,7 @@ def test_a_text_that_changed_is_not_measured_in_its_place(tmp_path, capsys):
 def test_white_space_of_a_value_stays():
     made = apply_overrides({}, ["task.cue= Overall, it was", "task.separator= ", "task.n= 3", 'task.quoted=" x"', "task.empty=''", "task.list=[ a]"], ("task",))["task"]
     assert made == {"cue": " Overall, it was", "separator": " ", "n": 3, "quoted": " x", "empty": "", "list": ["a"]}
-    with pytest.raises(UserError, match="'data.test=': an empty value; data.test=null takes the default"):
+    with pytest.raises(UserError, match=r"'data\.test=': an empty value; data\.test=null takes the default"):
         apply_overrides({}, ["data.test="], ("data",))
 
 
