@@ -253,11 +253,17 @@ def _print_cost(measure: str, loaded: Any) -> None:
         print("\n".join(lines))
 
 
+def _check_accepted(options: argparse.Namespace) -> None:
+    if options.accept and not options.resume:
+        raise UserError(f"--accept: {options.accept[0]}: goes with --resume; a run begun anew differs from none")
+
+
 def _pretrain(options: argparse.Namespace) -> None:
     from lmssl import runs
     from lmssl.recipe import PretrainRecipe
 
     loaded = PretrainRecipe.load(options.recipe, options.overrides)
+    _check_accepted(options)
     _silence_transformers()
     if options.dry_run:
         _print_cost("cost", loaded)
@@ -273,6 +279,7 @@ def _finetune(options: argparse.Namespace) -> None:
     from lmssl.recipe import FinetuneRecipe
 
     loaded = FinetuneRecipe.load(options.recipe, options.overrides)
+    _check_accepted(options)
     _silence_transformers()
     if options.dry_run:
         _print_cost("curve_cost", loaded)

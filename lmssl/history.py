@@ -49,9 +49,10 @@ def _pretraining_text(checkpoint: str) -> tuple[TokenSet, Tokenizer, str | None]
     Raises:
         UserError: its text is not known, not at hand, or no longer what it was.
     """
-    if not (Path(checkpoint) / "recipe.yaml").is_file():
-        raise UserError(f"{checkpoint} has no recipe.yaml, so its text is not known")
-    if "task" in config.of_folder(checkpoint):
+    recipe = config.of_folder(checkpoint)
+    if not recipe:
+        raise UserError(f"{checkpoint} has no recipe.yaml of lmssl, so its text is not known")
+    if "task" in recipe:
         raise UserError(f"{checkpoint} was fine-tuned, and what it has seen since its pretraining is not known")
     sections = config.load(Path(checkpoint) / "recipe.yaml", (), PRETRAIN)
     try:

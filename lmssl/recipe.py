@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +80,11 @@ class PretrainRecipe:
         # null unsets a key; of an architecture's own it may also be the value.
         model = {k: v for k, v in sections["model"].items() if v is not None or not (continued or k in ("architecture", "from", "init", "attn_implementation"))}
         if continued:
-            model["from"] = str(model["from"])  # a folder may be called by a number
+            model["from"] = os.path.expanduser(str(model["from"]))  # a folder may be called by a number
         if data.tokenizer is None and not continued:
             raise UserError("data.tokenizer: missing; name a tokenizer folder, for example tokenizer_assets/bpe-8k")
+        if data.tokenizer is not None:
+            data = dataclasses.replace(data, tokenizer=os.path.expanduser(data.tokenizer))
         return cls(data, model, dict(sections["objective"]), dict(sections["trainer"]))
 
     @property
@@ -162,4 +166,4 @@ class FinetuneRecipe:
         if source is None or isinstance(source, dict | list):
             raise UserError("model.from: missing; name the pretrained checkpoint")
         data = config.build(FinetuneData, sections["data"], "data")
-        return cls(make_task(sections["task"]), data, str(source), dict(sections["trainer"]))
+        return cls(make_task(sections["task"]), data, os.path.expanduser(str(source)), dict(sections["trainer"]))

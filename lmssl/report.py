@@ -120,7 +120,7 @@ def _finetuned(folder: Path, metrics: dict[str, Any], figure: Callable[..., str]
         ("backbone", f"{metrics.get('backbone')} ({metrics.get('architecture')}, {metrics.get('family')})"),
         ("test set", f"{metrics.get('test_examples', 0):,} examples" + (f"; the largest class alone gives {metrics['majority']:.1%}" if metrics.get("classes") else "")),
         ("leak check", leaks_in_words(metrics.get("leaks"))),
-        ("runs", f"{len(metrics['results'])}: {seeds} seeds, both inits, the same subsets and steps"),
+        ("runs", f"{len(metrics['results'])}: {seeds} seed{'s' * (seeds > 1)}, both inits, the same subsets and steps"),
         *([("trained", f"{METHODS[metrics['method']]}; the twin from scratch whole")] if metrics.get("method", "full") != "full" else []),
         ("learning rate", _rates(metrics)),
         *[("accepted", accepted_in_words(change)) for change in metrics.get("accepted", [])],
@@ -130,11 +130,12 @@ def _finetuned(folder: Path, metrics: dict[str, Any], figure: Callable[..., str]
     ]
     header, *rows = label_rows(metrics)
     cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    table = (
-        f"<table><caption>{html.escape(metrics['metric'])} in percent, mean ± standard deviation over {seeds} seeds; gain paired by seed with its 95% interval; "
-        f"equivalent: labels from scratch that reach the same</caption><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in header)}</tr>{cells}</table>"
+    caption = f"{metrics['metric']} in percent" + (f", mean ± standard deviation over {seeds} seeds; gain paired by seed with its 95% interval" if seeds > 1 else ", one seed")
+    caption += "; equivalent: labels from scratch that reach the same" if "equivalent" in header else ""
+    table = f"<table><caption>{html.escape(caption)}</caption><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in header)}</tr>{cells}</table>"
+    plot = figure(
+        "labels", lambda ax: _draw_labels(ax, metrics), "Each point is one seed" + ("; the line joins the means, the band is one standard deviation." if seeds > 1 else ".")
     )
-    plot = figure("labels", lambda ax: _draw_labels(ax, metrics), "Each point is one seed; the line joins the means, the band is one standard deviation.")
     return f"<h2>{html.escape(metrics['task'].capitalize())} on few labels: {html.escape(str(folder))}</h2>{table}{plot}{_facts(facts)}"
 
 
@@ -289,7 +290,11 @@ def _draw_labels(ax: Any, metrics: dict[str, Any]) -> None:
         ax.axhline(100 * metrics["majority"], color="#999", linestyle=":", label="largest class")
     ticks = sorted({n for points in curves.values() for n, _ in points})
     ax.set_xscale("log")
-    ax.set_xticks(ticks, [f"{v:,}" for v in ticks])
+    named = ticks[:1]
+    for tick in ticks:
+        if math.log(tick / named[-1]) > 0.07 * math.log(ticks[-1] / ticks[0]):  # nearer ones would stand in each other
+            named.append(tick)
+    ax.set_xticks(ticks, [f"{v:,}" if v in named else "" for v in ticks])
     ax.minorticks_off()
     ax.set(xlabel="labelled examples", ylabel=f"{metrics['metric']} (%)")
     ax.legend(frameon=False)

@@ -12,6 +12,7 @@ from filelock import FileLock
 from lmssl import config, output, tokenization
 from lmssl.data import tokens
 from lmssl.data.stream import Stream
+from lmssl.data.tokens import content_hash
 from lmssl.errors import UserError, fitting
 from lmssl.history import has_changed
 from lmssl.objectives import make
@@ -72,7 +73,7 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
 def _sections(folder: Path, overrides: typing.Sequence[str], objective: str, length: int, own_text: bool) -> dict[str, dict[str, Any]]:
     """The recipe of a checkpoint, or where it has none a name and a length, with overrides; refused where it would measure what was trained on."""
     sections: dict[str, dict[str, Any]] = {"data": {"seq_length": length}, "objective": {"name": objective}, "model": {}, "trainer": {}}
-    if (folder / "recipe.yaml").is_file():
+    if config.of_folder(folder):
         sections |= config.load(folder / "recipe.yaml", (), PRETRAIN)
     sections = config.apply_overrides(sections, overrides, ("data", "objective", "trainer"))
     if own_text and any(o.startswith(("data.held_out=", "data.decontaminate=")) for o in overrides):
@@ -140,12 +141,13 @@ def _note(folder: Path, key: str, value: dict[str, Any]) -> None:
     """Into metrics.json of a checkpoint that lies here; what is there under other keys, or of other texts, stays."""
     if not folder.is_dir():
         return
+    lock = tokens.cache_folder() / "locks" / f"{content_hash(str(folder.resolve())):016x}"
     try:
-        with FileLock(folder / ".metrics.lock"):  # of several evaluations at once none is lost
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):  # of several evaluations at once none is lost
             metrics = output.read_json(folder / "metrics.json") or {}
             before = metrics.get(key, {}) if key == "evaluated" else {}
             output.write_json(folder / "metrics.json", metrics | {key: before | value})
-            (folder / ".metrics.lock").unlink()
     except OSError as error:
         log.warning("%s cannot be written, so this score stands nowhere else: %s", folder / "metrics.json", error.strerror or error)
 

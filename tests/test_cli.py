@@ -230,3 +230,31 @@ def test_show_at_step_is_what_the_run_read(corpus_file, tmp_path, monkeypatch, c
     assert "item 8 " in capsys.readouterr().out
     assert run(["show", str(QUICKSTART), "--at-step", "7", *keys]) == 2
     assert "--at-step: 7 is not a step of this run; it has steps 1 to 6" in capsys.readouterr().err
+
+
+def test_accept_goes_with_resume(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data: {text: x.jsonl, tokenizer: t, seq_length: 32}\nmodel: {architecture: bert}\nobjective: {name: masked}\ntrainer: {output_dir: out, max_steps: 1}\n")
+    for more in ([], ["--overwrite"]):
+        assert run(["pretrain", str(recipe), "--accept", "seed", *more]) == 2
+        assert "--accept: seed: goes with --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["unigram", "wordpiece"])
+def test_more_characters_than_ids(kind, tmp_path, capsys):
+    """Thousands of Chinese characters."""
+    text = tmp_path / "x.txt"
+    text.write_text("".join("".join(chr(0x4E00 + 10 * n + k) for k in range(10)) + "\n" for n in range(300)))
+    assert run(["tokenizer", str(text), "--kind", kind, "--size", "1000", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "size: " in error
+    assert "kind bpe" in error
+    assert run(["tokenizer", str(text), "--size", "1000", "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_tokenizer_that_cannot_be_written_is_refused_before_its_training(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("lmssl.tokenization.train", lambda *_: pytest.fail("trained in vain"))
+    for out in ("file", "file/tokenizer"):
+        assert run(["tokenizer", str(tmp_path / "x.txt"), "--out", str(tmp_path / out)]) == 2
+        assert f"--out: {tmp_path / out} cannot be written" in capsys.readouterr().err

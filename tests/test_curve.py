@@ -73,7 +73,7 @@ def test_cell(task, family, data, backbones, tmp_path):
     assert len(metrics["results"]) == 2 * 2
     assert all(0 <= r["score"] <= 1 for r in metrics["results"])
     assert metrics["summary"][0]["gain"]["interval"] is not None
-    assert metrics["leaks"] == {"checked": False, "reason": f"{backbones[family]} has no recipe.yaml, so its text is not known"}
+    assert metrics["leaks"] == {"checked": False, "reason": f"{backbones[family]} has no recipe.yaml of lmssl, so its text is not known"}
     assert len(list((out / "predictions").glob("*-*-*.*"))) == 4
     writer = "AutoModelForCausalLM" if family == "decoder" else "AutoModelForSeq2SeqLM"
     auto = {"sentiment": "AutoModelForSequenceClassification", "qa": "AutoModelForQuestionAnswering", "translation": writer}[task]

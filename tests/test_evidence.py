@@ -297,6 +297,15 @@ def test_the_twin_of_a_bert_begins_as_its_pretraining_began(shared_dir, tmp_path
         assert not hasattr(table, "lmssl_rate"), "the other has no rate of its own"
 
 
+def test_the_twin_of_a_continued_bert_begins_as_the_first_pretraining_began(shared_dir, tmp_path):
+    saved_backbone("bert", token_set(shared_dir), tmp_path / "b", 64)
+    for section, local in (({"architecture": "bert"}, True), ({"architecture": "bert", "init": "default"}, False), ({"from": str(tmp_path / "b")}, False)):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / "recipe.yaml").write_text(json.dumps({"model": section}))
+        (tmp_path / "b" / "recipe.yaml").write_text(json.dumps({"model": {"from": str(tmp_path / "a")}}))
+        assert Backbone.load(str(tmp_path / "b"), 32, ["0", "1"]).began_local() == local
+
+
 def test_the_baseline_reads_text_without_spaces():
     pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)

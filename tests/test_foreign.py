@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lmssl import arguments, config, report, tokenization
+from lmssl import arguments, config, history, report, tokenization
 from lmssl.cli import run
 from lmssl.errors import UserError
 from lmssl.models import build
@@ -17,7 +17,7 @@ from lmssl.objectives import MaskedTokens
 from lmssl.recipe import PretrainRecipe
 from lmssl.runs import pretrain
 from lmssl.tasks.base import Backbone
-from tests.helpers import SMALL, sentences
+from tests.helpers import SMALL, saved_backbone, sentences, token_set
 
 WORDS = sorted({word.strip(".,").lower() for text in sentences(300) for word in text.split()})
 
@@ -142,3 +142,13 @@ def test_a_head_that_a_checkpoint_lacks_is_drawn_from_the_seed(bert, tmp_path):
         heads.append(build({"from": str(tmp_path)}, vocab, MaskedTokens(), 32, seed).cls.predictions.transform.dense.weight)
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[1], heads[2])
+
+
+@pytest.mark.parametrize("text", [b"default_stage: {default_modifiers: {}}", b"model: meta-llama/Llama", b"data: somewhere", b"[1, 2]", b"just text", b"caf\xe9: 1"])
+def test_a_recipe_of_another_program_says_nothing_of_a_run(text, shared_dir, tmp_path):
+    """llm-compressor and others leave a recipe.yaml in a checkpoint, too."""
+    saved_backbone("bert", token_set(shared_dir), tmp_path)
+    (tmp_path / "recipe.yaml").write_bytes(text)
+    assert config.of_folder(tmp_path) == {}
+    assert not Backbone.load(str(tmp_path)).began_local()
+    assert "not known" in history.leak_check(str(tmp_path), [])["reason"]

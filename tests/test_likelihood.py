@@ -1,6 +1,8 @@
 """Likelihoods: equal to the model's own numbers, however they are batched; ties are half."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -115,3 +117,17 @@ def test_likelihoods_do_not_depend_on_the_batch(shared_dir, monkeypatch):
             assert most > 1 or set(rows) == {1}
         for other in found[1:]:
             assert np.allclose(found[0], other, atol=1e-4), architecture
+
+
+def test_scores_of_several_evaluations_at_once_are_all_kept(tmp_path):
+    """Each process reads metrics.json, adds its own and writes it again."""
+    code = "import sys; from pathlib import Path; from lmssl.scoring import _note; [_note(Path(sys.argv[1]), 'evaluated', {f'{sys.argv[2]}.{k}': {}}) for k in range(20)]"
+    running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)]) for n in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert len(json.loads((tmp_path / "metrics.json").read_text())["evaluated"]) == 60
+
+
+def test_a_score_that_cannot_be_noted_is_not_lost(tmp_path, caplog):
+    (tmp_path / "metrics.json.part").mkdir()
+    scoring._note(tmp_path, "evaluated", {"x": {"loss": 1.0}})
+    assert "metrics.json cannot be written, so this score stands nowhere else" in caplog.text

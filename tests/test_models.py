@@ -377,3 +377,26 @@ def test_which_attention_a_cpu_takes(monkeypatch):
     assert models.attention(512, t5, {"attn_implementation": "sdpa"}) == {"attn_implementation": "sdpa"}
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert models.attention(128, t5) == {}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"architecture": "nllb-moe"}, "leave out tokens beyond their capacity"),
+        ({"architecture": "switch_transformers"}, "leave out tokens beyond their capacity"),
+        ({"architecture": "mixtral", "output_router_logits": True}, "balances the load of experts"),
+        ({"architecture": "llama", "return_dict": False}, r"model\.return_dict"),
+    ],
+)
+def test_what_would_not_be_exact_or_have_no_effect_is_refused(section, message):
+    with pytest.raises(UserError, match=message):
+        models.config_of(section)
+
+
+def test_rotations_by_the_longest_document_of_a_batch_are_refused():
+    keys = {"max_position_embeddings": 64, "original_max_position_embeddings": 16, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
+    rotations = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 16}
+    section = {"architecture": "phi3", "rope_parameters": rotations, "pad_token_id": 0, **keys}
+    assert models.build(section, VOCAB, NextToken(), 16, 0)
+    with pytest.raises(UserError, match=r"data\.seq_length: 32; beyond 16 tokens 'phi3' rotates a whole batch"):
+        models.build(section, VOCAB, NextToken(), 32, 0)

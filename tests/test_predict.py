@@ -243,3 +243,32 @@ def test_how_a_decoder_of_somebody_else_s_is_asked_is_not_guessed(shared_dir, tm
     assert "cannot know what stands between an input and its answer" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot know"):
         predict.load(str(backbone), "translation")
+
+
+def test_a_line_is_read_alike_from_a_file_and_from_standard_input(tmp_path, monkeypatch):
+    (tmp_path / "x.txt").write_text(" good film \n\n  {not json\r\n".replace("{", "("))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "x.txt").read_bytes())))
+    assert [e.text for e in predict.examples(Sentiment(), [])] == [e.text for e in predict.examples(Sentiment(), [str(tmp_path / "x.txt")])]
+
+
+def test_standard_input_that_is_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="stdin: is closed; name a FILE"):
+        list(predict.examples(Sentiment(), []))
+
+
+def test_a_name_that_is_no_text_is_written(classifier, tmp_path):
+    name = str(tmp_path / "caf\udce9.txt")
+    with open(name, "w") as file:
+        file.write("a good film\n")
+    assert run(["predict", str(classifier), name, "--task", "sentiment", "--out", str(tmp_path / "out.jsonl")]) == 0
+    (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert row["where"].endswith("caf\udce9.txt:1")
+
+
+def test_a_tokenizer_may_say_more_than_the_model_reads(classifier, tmp_path, capsys):
+    shutil.copytree(classifier, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 512}))
+    (tmp_path / "x.txt").write_text("a good film " * 100)
+    assert run(["predict", str(tmp_path / "model"), str(tmp_path / "x.txt"), "--task", "sentiment"]) == 0

@@ -278,3 +278,36 @@ def test_scores_by_kind_of_question():
     found = squad.scores(["Ada", "Ada", ""], [["Ada"], [], []])
     assert (found["exact_match_answerable"], found["exact_match_unanswerable"]) == (1.0, 0.5)
     assert (found["f1_answerable"], found["f1_unanswerable"]) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"answers": None},
+        {"answers": []},
+        {"answers": ""},
+        {"answers": {"text": [], "answer_start": []}},
+        {"is_impossible": True},
+        {"answers": "", "is_impossible": "True"},
+        {"answers": {"text": ["film"], "answer_start": [4]}, "is_impossible": True},
+    ],
+)
+def test_none_is_no_answer(record, tmp_path):
+    plain = {"context": "the film was good", "id": None}
+    rows = [{**plain, "question": "how", **record}, {**plain, "question": "what", "answers": {"text": ["film"], "answer_start": [4]}}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = QuestionAnswering().read(corpus.resolve(str(tmp_path / "x.jsonl")))
+    assert (first.answers, second.answers) == ((), (("film", 4),))
+    assert first.id != second.id, "without an id it is called by where it stands"
+
+
+def test_a_question_that_stands_twice_has_the_answers_of_both(tmp_path, caplog):
+    rows = [
+        {"context": "the film was good", "question": "what", "id": str(n), "answers": {"text": [text], "answer_start": [at]}}
+        for n, (text, at) in enumerate([("film", 4), ("the film", 0), ("film", 4)])
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level("INFO", "lmssl"):
+        (one,) = QuestionAnswering().read(corpus.resolve(str(tmp_path / "x.jsonl")))
+    assert (one.id, one.answers) == ("0", (("film", 4), ("the film", 0)))
+    assert "2 questions that stand twice" in caplog.text

@@ -16,6 +16,7 @@ from lmssl.recipe import FinetuneRecipe
 from lmssl.runs import finetune
 from lmssl.tasks import adapters, base, generation
 from lmssl.tasks.base import Backbone, Example
+from lmssl.tasks.curve import in_order_of, labelled
 from lmssl.tasks.sentiment import Labelled, Sentiment
 from lmssl.tasks.translation import Translation
 from tests.helpers import saved_backbone, sentences, small_model, token_set, tokenizer
@@ -139,6 +140,39 @@ def test_the_saved_tokenizer_makes_the_same_inputs(backbones, tmp_path):
         pair = Sentiment(text_a="a", text_b="b")
         plain = transformers.AutoTokenizer.from_pretrained(tmp_path / family / "start")
         assert plain("a film", "a plot")["input_ids"] == ids_of(pair, backbone, Labelled("a film", "0", "", "a plot"))[0]
+
+
+@pytest.mark.parametrize("cue", ["", " It was"])
+@pytest.mark.parametrize("family", ["decoder", "encoder", "encoder-decoder"])
+def test_a_long_pair_is_cut_as_plain_transformers_cuts_it(family, cue, backbones, tmp_path):
+    words, task = " ".join(sentences(3)).split(), Sentiment(text_a="a", text_b="b", cue=cue)
+    for length in (31, 32):
+        backbone = dataclasses.replace(backbones[family], length=length)
+        task.finish(backbone, None).save(tmp_path / str(length))
+        plain = transformers.AutoTokenizer.from_pretrained(tmp_path / str(length))
+        for first in range(1, 20, 2):
+            for second in range(1, 20, 2):
+                a, b = " ".join(words[:first]), " ".join(words[20 : 20 + second])
+                assert plain(a, f"{b}{cue}", truncation=True)["input_ids"] == ids_of(task, backbone, Labelled(a, "0", "", b))[0], (length, first, second)
+
+
+def test_texts_that_differ_in_white_space_are_one(tmp_path, caplog):
+    """Else a copy of a test text is trained on."""
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text, "label": "ab"[n % 2]}) + "\n" for n in range(30) for text in (f"the film {n}", f" the  film {n}\n")))
+    train, test = labelled(Sentiment(), str(tmp_path / "x.jsonl"), 0.3)
+    assert len(train) + len(test) == 30
+    (tmp_path / "y.jsonl").write_text("".join(json.dumps({"text": f"the film {n} ", "label": "ab"[n % 2]}) + "\n" for n in range(10)))
+    train, test = labelled(Sentiment(), str(tmp_path / "x.jsonl"), str(tmp_path / "y.jsonl"))
+    assert (len(train), len(test)) == (20, 10)
+
+
+def test_a_head_for_other_classes_is_spoken_of(backbones, caplog):
+    config = transformers.BertConfig(architectures=["BertForSequenceClassification"], id2label={0: "pos", 1: "neg"})
+    assert in_order_of(config, ["neg", "pos"]) == ["pos", "neg"]
+    assert not caplog.text
+    assert in_order_of(config, ["bad", "good"]) == ["bad", "good"]
+    assert "was trained for pos, neg; its rows are taken for bad, good, in this order" in caplog.text
+    assert in_order_of(transformers.BertConfig(), ["bad", "good"]) == ["bad", "good"]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece"])

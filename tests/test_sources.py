@@ -11,6 +11,7 @@ import pytest
 from lmssl.data import corpus
 from lmssl.data.formats import BadRecords
 from lmssl.errors import UserError
+from lmssl.recipe import FinetuneRecipe, PretrainRecipe
 
 
 def texts(name, **more):
@@ -91,3 +92,27 @@ def test_a_long_folder_does_not_delay_a_refusal(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no such file"):
         corpus.resolve(os.fspath(tmp_path / "x.jsonl"))
     assert asked == [1000]
+
+
+def test_a_header_may_begin_with_a_hash(tmp_path):
+    """MRPC's does."""
+    (tmp_path / "x.tsv").write_text("#1 String\t#2 String\none\ttwo\n")
+    assert texts(f"{tmp_path}/x.tsv::#1 String") == ["one"]
+    assert texts(f"{tmp_path}/x.tsv::#2") == ["#2 String", "two"]
+
+
+def test_a_mark_of_byte_order_and_bytes(tmp_path):
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf[{"text": "one"}]')
+    assert texts(tmp_path / "x.json") == ["one"]
+    pq.write_table(pa.table({"text": [b"one"]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="column 'text' holds bytes, expected text"):
+        texts(tmp_path / "x.parquet")
+
+
+def test_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sections = {"data": {"text": "x", "tokenizer": "~/t", "seq_length": 8}, "model": {"from": "~/m"}, "objective": {"name": "masked"}, "trainer": {"output_dir": "o"}}
+    recipe = PretrainRecipe.of(sections)
+    assert (recipe.data.tokenizer, recipe.continued) == (f"{tmp_path}/t", f"{tmp_path}/m")
+    sections = {"task": {"name": "sentiment"}, "data": {"train": "x"}, "model": {"from": "~/m"}, "trainer": {"output_dir": "o"}}
+    assert FinetuneRecipe.of(sections).source == f"{tmp_path}/m"

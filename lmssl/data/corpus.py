@@ -259,7 +259,7 @@ def records(source: Source, on_bytes: Callable[[int], None] | None = None, bad: 
         elif source.kind == "txt":
             yield from formats.txt(stream, source.path, source.column or "line", bad)
         else:
-            yield from formats.table(stream, source.path, "," if source.kind == "csv" else "\t", (source.column or "").startswith("#"), bad)
+            yield from formats.table(stream, source.path, "," if source.kind == "csv" else "\t", re.fullmatch(r"#\d*", source.column or "") is not None, bad)
 
 
 def _dataset_records(source: Source, only: str | None) -> Iterator[Record]:

@@ -69,7 +69,7 @@ class _Once(BadRecords):
 
 def type_in_words(value: Any) -> str:
     """What a value is that should have been text, or an object."""
-    return {type(None): "nothing (null)", list: "a list", dict: "an object", bool: "true or false", str: "text"}.get(type(value), f"a number ({value!r})")
+    return {type(None): "nothing (null)", list: "a list", dict: "an object", bool: "true or false", str: "text", bytes: "bytes"}.get(type(value), f"a number ({value!r})")
 
 
 class _Counting(io.BufferedReader):
@@ -229,7 +229,7 @@ def jsonl(stream: IO[bytes], path: str, bad: BadRecords) -> Iterator[Record]:
 def json_file(stream: IO[bytes], path: str, bad: BadRecords) -> Iterator[Record]:
     """A JSON document: a list of records, or the questions of SQuAD, each with its context."""
     try:
-        whole = json.loads(b"".join(iter(lambda: stream.read(2**20), b"")).decode("utf-8"))  # by pieces, each of which is weighed
+        whole = json.loads(b"".join(iter(lambda: stream.read(2**20), b"")).decode("utf-8-sig"))  # by pieces, each of which is weighed
     except (UnicodeDecodeError, ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
         hint = "; a JSON object on each line belongs into a .jsonl" if "Extra data" in str(error) else ""
         raise UserError(f"{path}: not valid JSON: {error}{hint}") from None

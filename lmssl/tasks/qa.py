@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from lmssl.tasks import generation, squad
 from lmssl.tasks.base import Backbone, Example, Item, Task, by_length, inputs_of, padded
 from lmssl.tasks.squad import Span, Window
 from lmssl.tokenization import Tokenizer
+
+log = logging.getLogger("lmssl")
 
 SHAPE = '{"text": ["Ada"], "answer_start": [11]} (characters into the context), both of one length, or a list of {"text": "Ada", "answer_start": 11}'
 """Of answers, for refusals."""
@@ -92,15 +95,23 @@ class QuestionAnswering(Task):
             raise ValueError(f"stride={self.stride} must be at least 0 tokens")
 
     def read(self, sources: list[corpus.Source]) -> list[Question]:
-        """Every question of the sources, one that stands twice on the same context once; an answer that does not stand where it says is refused."""
+        """Every question of the sources; one that stands twice on the same context is one, with the answers of both. An answer that does not stand where it says is refused."""
         found: dict[tuple[str, str], Question] = {}
         ids: dict[str, Question] = {}
+        again = 0
         for source in sources:
             for record, where in corpus.labelled(source):
                 example = dataclasses.replace(self.unlabelled(record, where), answers=_answers(record, self.answers, self.context, where))
-                kept = found.setdefault((example.text, example.question), example)
-                if kept is example and ids.setdefault(example.id, example) is not example:
+                if kept := found.get(key := (example.text, example.question)):
+                    more = tuple(answer for answer in example.answers if answer not in kept.answers)
+                    found[key] = dataclasses.replace(kept, answers=kept.answers + more if kept.answers else ())
+                    again += 1
+                    continue
+                if ids.setdefault(example.id, example) is not example:
                     raise UserError(f"{where}: the id '{example.id}' is that of another question, at {ids[example.id].where}; predictions go by it")
+                found[key] = example
+        if again:
+            log.info("%d questions that stand twice on their context are one with the first, whose id they go by", again)
         return list(found.values())
 
     def unlabelled(self, record: dict[str, Any], where: str) -> Question:

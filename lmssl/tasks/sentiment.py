@@ -171,15 +171,14 @@ class Sentiment(Task):
             seconds = backbone.ids([f"{e.second}{joint}" for e in examples])
         rows = []
         room, within = backbone.length - len(begin) - len(end), len(cue) if joint else 0
-        if room - within < (2 if self.text_b else 1):
+        if ((room - 1) // 2 if self.text_b else room) <= within:
             raise UserError(f"data.max_length: {backbone.length} tokens leave no room for a text" + (f" beside the cue's {len(cue)}" if self.cue else ""))
         for first, second in zip(backbone.ids([e.text if self.text_b else f"{e.text}{joint}" for e in examples]), seconds, strict=True):
             if second is None:
                 rows.append(np.concatenate([begin, self._cut(first, room), end]))
                 continue
-            both = room - 1
-            to_first = max(both - len(second), min(len(first), (both - within) // 2))
-            rows.append(np.concatenate([begin, self._cut(first, to_first), eos, self._cut(second, both - min(len(first), to_first)), end]))
+            to_first = _share(len(first), len(second), room - 1)
+            rows.append(np.concatenate([begin, self._cut(first, to_first), eos, self._cut(second, room - 1 - to_first), end]))
         return [[{"input_ids": row, "label": numbers.get(e.label, 0)}] for row, e in zip(rows, examples, strict=True)]
 
     def _spelt(self, backbone: Backbone) -> bool:
@@ -239,6 +238,17 @@ def _class(record: dict[str, Any], column: str, where: str) -> str:
     if len(name.splitlines()) > 1:
         raise UserError(f"{where}: column '{column}' holds {label!r}, a class of several lines")
     return name
+
+
+def _share(first: int, second: int, room: int) -> int:
+    """Tokens of a pair's first text: the longer one is cut, and where both are longer than half, each to half, as plain transformers does it.
+
+    >>> _share(10, 3, 8), _share(3, 10, 8), _share(10, 9, 7), _share(9, 9, 7), _share(2, 3, 8)
+    (5, 3, 4, 3, 2)
+    """
+    if min(first, second) > room // 2:
+        return room // 2 + (room % 2 if first > second else 0)
+    return min(first, room - second) if first > second else first
 
 
 def _plain(name: str) -> str:

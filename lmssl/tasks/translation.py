@@ -7,6 +7,7 @@ How each family writes stands in `lmssl.tasks.generation`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from lmssl.tasks import generation
 from lmssl.tasks.base import Backbone, Example, Item, Task
 from lmssl.tokenization import Tokenizer
 from lmssl.words import mostly_spaceless
+
+log = logging.getLogger("lmssl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +72,13 @@ class Translation(Task):
     def read(self, sources: list[corpus.Source]) -> list[Pair]:
         """Every pair of the sources; a source text that stands twice keeps its first translation."""
         found: dict[str, Pair] = {}
+        again = 0
         for source in sources:
             for record, where in corpus.labelled(source):
                 pair = Pair(corpus.text_of(record, self.source, where), "", where, corpus.text_of(record, self.target, where))
-                found.setdefault(pair.text, pair)
+                again += found.setdefault(pair.text, pair) is not pair
+        if again:
+            log.info("%d pairs whose source stands twice dropped", again)
         return list(found.values())
 
     def unlabelled(self, record: dict[str, Any], where: str) -> Pair:
