@@ -139,6 +139,8 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
         raise UserError(f"trainer.{how}: says how to compile, and trainer.torch_compile=false that nothing is compiled; keep one of them")
     if {**defaults, **values}.get("optimizer") == "muon" and (unused := [name for name in ("optim", "optim_args") if name in values]):
         raise UserError(f"trainer.{unused[0]}: configures AdamW and its kin, but the optimizer is muon; to use it: trainer.optimizer=adamw")
+    if str(values.get("optim", "")).startswith("schedule_free"):
+        raise UserError("trainer.optim: schedule-free optimizers train other weights than they mean to be judged by, and lmssl judges and saves those that train; use adamw_torch")
     if values.get("use_cpu") and not defaults.get("use_cpu"):  # a GPU's precision and workers are none of the CPU's
         defaults = {k: v for k, v in defaults.items() if k not in ("tf32", "dataloader_num_workers")} | {"bf16": native_bf16("cpu"), "use_cpu": True}
     if "num_train_epochs" in values:

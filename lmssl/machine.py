@@ -6,6 +6,7 @@ machine reaches in a bare matrix product in the same precision, not against a da
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -13,9 +14,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils import flop_counter
 from torch.utils._triton import has_triton
@@ -106,6 +109,24 @@ def compiles(device: str) -> bool:
     if device == "cpu":
         return shutil.which(os.environ.get("CXX", "g++")) is not None
     return has_triton() and any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "clang"))  # which asks for the GPU's generation, too
+
+
+def clear_half_built() -> None:
+    """Remove from torch's cache of compiled code what a compiler that was killed left there.
+
+    It writes a library in the place where every later run looks for it, so that half of one ends them all ("file too short"). A folder beside it is
+    there for as long as it is being built; torch's own lock says whether by a process that lives.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    for build in Path(cache_dir()).glob("*/*_CxxBuild"):
+        if ".optimized" in build.name:  # whose lock has another name; torch makes none by default
+            continue
+        with contextlib.suppress(Timeout, OSError), FileLock(Path(cache_dir(), "locks", f"{build.name.partition('.')[0]}.lock"), timeout=0):
+            for left in build.parent.glob(f"{build.name.removesuffix('_CxxBuild')}.*"):
+                if left.suffix in (".so", ".o"):
+                    left.unlink()
+            shutil.rmtree(build)
 
 
 @functools.cache

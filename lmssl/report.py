@@ -193,9 +193,14 @@ def label_table(metrics: dict[str, Any]) -> str:
     return "\n".join([header, "|" + "---:|" * len(label_rows(metrics)[0]), *rows, "", verdict(metrics)])
 
 
+def _quoted(value: Any) -> str:
+    """A value of a recipe; text in quotes where its ends would not be seen."""
+    return (repr(value) if isinstance(value, str) and value != value.strip() else str(value) or "''")[:80]
+
+
 def accepted_in_words(change: dict[str, Any]) -> str:
     """What `--accept` let differ between the runs of a curve."""
-    told = "; ".join(f"{key} was {str(then)[:80]}, is {str(now)[:80]}" for key, (then, now) in change["changed"].items())
+    told = "; ".join(f"{key} was {_quoted(then)}, is {_quoted(now)}" for key, (then, now) in change["changed"].items())
     return f"the first {change['after']:,} runs were made otherwise: {told}"
 
 

@@ -83,6 +83,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         activations.quicker(model, args.device.type)
         if args.torch_compile:
             machine.same_bits(args.device.type)
+            machine.clear_half_built()
             if args.device.type == "cuda":
                 lookups.in_order(model)
         # Measured now: a resumed run gets its optimizer when it already has its trained weights.

@@ -321,3 +321,16 @@ def test_questions_without_ids_may_move(backbone, tmp_path):
         return curve_of(made, resolve(made.trainer, finetune_defaults(), OWNED_BY_TASKS), True).ledger.identity
 
     assert identity(tmp_path / "a.jsonl") == identity(tmp_path / "moved" / "b.jsonl")
+
+
+def test_the_saved_model_is_of_the_recipe_beside_it(backbone, files, tmp_path):
+    """Another cue that is accepted: the model that `predict` gives the cue to was trained with it."""
+    train, test, _ = files
+    finetune(recipe(backbone, train, test, tmp_path / "out"), quiet=True)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    metrics = finetune(recipe(backbone, train, test, tmp_path / "out", cue=" It was"), resume=True, accept=("task.cue",), quiet=True)
+    assert len(metrics["results"]) == 2
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+    assert "task.cue was '', is ' It was'" in (tmp_path / "out" / "README.md").read_text()
+    finetune(recipe(backbone, train, test, tmp_path / "fresh", cue=" It was"), quiet=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "fresh" / "model.safetensors").read_bytes()

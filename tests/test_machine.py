@@ -148,3 +148,40 @@ def test_dropout_draws_what_torch_would_draw():
     expected = torch.rand(5)
     machine.draw_from(2**40 + 3, torch.device("cpu"))
     assert torch.equal(torch.rand(5), expected)
+
+
+def test_half_built_libraries_are_removed_and_no_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for name in ("killed", "living", "whole"):
+        (tmp_path / "ab" / f"{name}.main.so").parent.mkdir(exist_ok=True)
+        (tmp_path / "ab" / f"{name}.main.so").write_bytes(b"" if name == "killed" else b"code")
+        (tmp_path / "ab" / f"{name}.main.cpp").write_text("int x;")
+    for name in ("killed", "living", "own"):
+        (tmp_path / "ab" / f"{name}.main_CxxBuild").mkdir()
+    (tmp_path / "locks").mkdir()
+    code = "import sys, time; from torch.utils._filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "locks" / "living.lock")], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        machine.clear_half_built()
+        other.kill()
+    left = sorted(p.name for p in (tmp_path / "ab").iterdir())
+    assert left == ["killed.main.cpp", "living.main.cpp", "living.main.so", "living.main_CxxBuild", "whole.main.cpp", "whole.main.so"]
+
+
+@pytest.mark.skipif(not machine.compiles("cpu"), reason="needs a C++ compiler")
+def test_a_run_after_one_that_was_killed_while_it_compiled(tmp_path):
+    """As torch leaves it: the library is cut short, the folder of its build is there. Without the removal every later run ends with "file too short"."""
+    code = (
+        "import sys, torch; from lmssl import machine; 'clear' in sys.argv and machine.clear_half_built(); print(torch.compile(lambda x: x.exp() + 1)(torch.zeros(8)).sum().item())"
+    )
+
+    def run(*args):
+        return subprocess.run([sys.executable, "-c", code, *args], env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True)
+
+    assert run().stdout.strip() == "16.0"
+    libraries = list(tmp_path.glob("*/*.main.so"))
+    assert libraries
+    for library in libraries:
+        library.write_bytes(b"")
+        library.with_name(f"{library.name.removesuffix('.so')}_CxxBuild").mkdir()
+    assert run("clear").stdout.strip() == "16.0"

@@ -18,7 +18,7 @@ from lmssl.tasks.base import Backbone, Task
 NAME = "progress.json"
 INPUTS = 2
 """Raised where a recipe comes to mean other inputs or steps than before: what was finished until then is of another curve. One more with a
-grid of learning rates, whose validation examples have changed since."""
+grid of learning rates, whose validation examples have changed since; two more with pairs, which have been cut otherwise."""
 COUNTS = ("labels", "seeds", "scratch_labels")
 """Fields of a task that say how many runs there are, not how one of them goes."""
 FREE = ("output_dir", "logging", "save", "report_to", "run_name", "dataloader", "worker_timeout", "on_spike", "disable_tqdm", "log_level", "per_device_eval_batch_size")
@@ -39,7 +39,14 @@ def identity_of(task: Task, backbone: Backbone, train: Sequence[Any], test: Sequ
         fields["classes"] = ", ".join(backbone.classes)
     fields |= {"data.train": _content(train), "data.test": _content(test), "data.max_length": backbone.length}
     return output.plain(
-        {"task": task.name, "model.from": _weights(backbone), "model.settings": _settings(backbone), **fields, "threads": threads, "inputs": INPUTS + bool(task.learning_rates)}
+        {
+            "task": task.name,
+            "model.from": _weights(backbone),
+            "model.settings": _settings(backbone),
+            **fields,
+            "threads": threads,
+            "inputs": INPUTS + bool(task.learning_rates) + 2 * bool(getattr(task, "text_b", None)),
+        }
     )
 
 
@@ -114,6 +121,9 @@ class Ledger:
                 raise UserError(f"--resume: {key} changed: the finished runs have {then}, this recipe {now}; --accept {key} goes on all the same")
             changed[key] = [then, now]
         self.results, self.tuning, self.seconds = found["results"], found["tuning"], found["seconds"]
+        if any(key.startswith("task.") or key in ("data.max_length", "classes") for key in changed):
+            # The recipe beside the saved model is the new one, which others read its inputs by: it is trained again.
+            self.results = [r for r in self.results if not r.get("saved")]
         self.accepted = found.get("accepted", []) + ([{"after": len(self.results), "changed": changed}] if changed and self.results else [])
 
     def result(self, **run: Any) -> dict[str, Any] | None:
