@@ -115,7 +115,7 @@ def clear_half_built() -> None:
     """Remove from torch's cache of compiled code what a compiler that was killed left there.
 
     It writes a library in the place where every later run looks for it, so that half of one ends them all ("file too short"). A folder beside it is
-    there for as long as it is being built; torch's own lock says whether by a process that lives.
+    there for as long as it is being built; torch's own lock says whether by a process that lives (torch 2.11 to 2.13; not needed where it writes beside and renames).
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 
+from lmssl import arguments
 from lmssl.cli import run
 from lmssl.config import apply_overrides
 from lmssl.errors import UserError, said
@@ -297,3 +298,8 @@ def test_what_an_exception_says():
     assert said(ValueError("one\ntwo")) == "one"
     assert said(AssertionError()) == "AssertionError"
     assert said(ValueError("x" * 500), 20) == "x" * 20
+
+
+def test_weights_that_are_not_those_that_train_are_refused():
+    with pytest.raises(UserError, match=r"trainer\.optim: schedule-free"):
+        arguments.resolve({"output_dir": "x", "max_steps": 1, "optimizer": "adamw", "optim": "schedule_free_adamw"}, arguments.pretrain_defaults(False))

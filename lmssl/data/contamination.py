@@ -74,7 +74,12 @@ class Grams:
     def any_in(self, document: str) -> bool:
         """Whether any text shares an n-gram with a document; what many texts share costs no more than what one has."""
         hashes = self._hashes(document)
-        return any(len(hashes) >= n and bool(np.isin(_rolling(hashes, n), grams).any()) for n, (grams, _) in self._tables.items())
+        for n, (grams, _) in self._tables.items():
+            if len(hashes) >= n and len(grams):
+                here = _rolling(hashes, n)
+                if (grams[np.searchsorted(grams, here).clip(max=len(grams) - 1)] == here).any():
+                    return True
+        return False
 
     def forget(self, numbers: np.ndarray) -> None:
         """Look for these texts no longer."""
