@@ -1,6 +1,7 @@
 """The ids of fastokens are those of the tokenizers library, or it is not used."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -56,6 +57,14 @@ def test_specials_spelt_in_a_text_are_text_and_the_ends_are_marked():
         assert ids[1:-1].tolist() == slow([text])[0]
         assert not {*ids[1:-1].tolist()} & {MADE.id("bos"), MADE.id("eos"), MADE.id("mask")}
         assert (ids[0], ids[-1]) == (MADE.id("bos"), MADE.id("eos"))
+
+
+def test_without_it_text_has_the_same_ids(monkeypatch):
+    texts = ["two thirds of a film", "", "é </s>\n  x"]
+    monkeypatch.setitem(sys.modules, "fastokens", None)
+    made = tokenization.load(ASSET)
+    assert byte_pairs.encoder(made.backend) is None
+    assert [ids.tolist() for ids in made.encode(texts)] == [ids.tolist() for ids in MADE.encode(texts)]
 
 
 def test_an_older_one_is_left_alone(monkeypatch):
