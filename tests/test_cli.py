@@ -148,28 +148,53 @@ def test_overrides_may_stand_behind_options(corpus_file, tmp_path):
     assert run(["pretrain", *args]) == 0
 
 
+THRICE = """
+import json, pathlib, sys
+from lmssl import ranks
+from lmssl.cli import run
+
+out, recipe, *tuning = sys.argv[1:]
+out = pathlib.Path(out)
+
+def finetuned(*how):
+    assert run(["finetune", recipe, *how, *tuning]) == 0
+    ranks.wait()
+    return json.loads((out / "metrics.json").read_text())["results"]
+
+def alone(act):
+    ranks.wait()
+    if ranks.first_process():
+        act()
+    ranks.wait()
+
+first = finetuned()
+assert len(first) == 2
+alone(lambda: (out / "checkpoints" / "8-scratch-0" / "checkpoint-1").mkdir(parents=True))
+again = finetuned("--overwrite")
+assert [r["score"] for r in again] == [r["score"] for r in first]
+alone((out / "metrics.json").unlink)
+assert finetuned("--resume") == again
+"""
+"""A label curve, overwritten over one that was interrupted, and resumed."""
+
+
 @pytest.mark.parametrize("launcher", [["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]], ids=["torchrun"])
 def test_two_processes_by_the_command_line(launcher, corpus_file, tmp_path):
     overrides = [f"data.text={corpus_file}", "data.held_out=0.05", "data.seq_length=32", "trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.use_cpu=true"]
-    command = [sys.executable, "-m", launcher[0], *launcher[1:], "-m", "lmssl"]
+    command = [sys.executable, "-m", *launcher]
 
-    def launched(*args):
+    def launched(command, *args):
         done = subprocess.run([*command, *map(str, args)], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
         assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads((tmp_path / "two" / ("curve" if args[0] == "finetune" else "") / "metrics.json").read_text())
 
-    metrics = launched("pretrain", QUICKSTART, *overrides, f"trainer.output_dir={tmp_path / 'two'}")
+    launched([*command, "-m", "lmssl"], "pretrain", QUICKSTART, *overrides, f"trainer.output_dir={tmp_path / 'two'}")
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert metrics["environment"]["processes"] == 2
     assert metrics["tokens"] == 2 * 2 * 2 * 32
     tuning = [f"model.from={tmp_path / 'two'}", f"data.train={corpus_file}", "data.test=20", "task.labels=[8]", "task.seeds=1"]
     tuning += ["trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.use_cpu=true", f"trainer.output_dir={tmp_path / 'two' / 'curve'}"]
-    first = launched("finetune", FINETUNE_QUICKSTART, *tuning)
-    assert len(first["results"]) == 2
-    (tmp_path / "two" / "curve" / "checkpoints" / "8-scratch-0" / "checkpoint-1").mkdir(parents=True)  # of a run that was interrupted
-    again = launched("finetune", FINETUNE_QUICKSTART, "--overwrite", *tuning)
-    assert [r["score"] for r in again["results"]] == [r["score"] for r in first["results"]]
-    (tmp_path / "two" / "curve" / "metrics.json").unlink()
-    assert launched("finetune", FINETUNE_QUICKSTART, "--resume", *tuning)["results"] == again["results"]
+    (tmp_path / "thrice.py").write_text(THRICE)
+    launched([*command, str(tmp_path / "thrice.py")], tmp_path / "two" / "curve", FINETUNE_QUICKSTART, *tuning)
 
 
 def test_accelerate_launch(corpus_file, tmp_path):

@@ -187,7 +187,7 @@ def test_a_cue_and_a_separator_are_what_they_are_behind_a_text(kind, tmp_path):
     task.finish(backbone, None).save(tmp_path / "tuned")
     plain = transformers.AutoTokenizer.from_pretrained(tmp_path / "tuned")
     assert plain([f"{text}{task.cue}" for text in texts], truncation=True)["input_ids"] == ids_of(task, backbone, *(Labelled(t, "0", "") for t in texts))
-    pair = Sentiment(text_a="a", text_b="b", cue=task.cue)
+    pair, backbone = Sentiment(text_a="a", text_b="b", cue=task.cue), dataclasses.replace(backbone, length=40)
     assert plain("a film", f"a plot{task.cue}")["input_ids"] == ids_of(pair, backbone, Labelled("a film", "0", "", "a plot"))[0]
     for separator in (" =>", " to: "):
         Translation(separator=separator).finish(backbone, None).save(tmp_path / "writer")
