@@ -146,6 +146,8 @@ def test_the_saved_tokenizer_makes_the_same_inputs(backbones, tmp_path):
 @pytest.mark.parametrize("family", ["decoder", "encoder", "encoder-decoder"])
 def test_a_long_pair_is_cut_as_plain_transformers_cuts_it(family, cue, backbones, tmp_path):
     words, task = " ".join(sentences(3)).split(), Sentiment(text_a="a", text_b="b", cue=cue)
+    eos = tokenizer().id("eos")
+    older = tuple(map(int, tokenizers.__version__.split(".")[:3])) < (0, 23, 3)  # gives an odd token to the shorter text where both are far too long
     for length in (31, 32):
         backbone = dataclasses.replace(backbones[family], length=length)
         task.finish(backbone, None).save(tmp_path / str(length))
@@ -153,7 +155,9 @@ def test_a_long_pair_is_cut_as_plain_transformers_cuts_it(family, cue, backbones
         for first in range(1, 20, 2):
             for second in range(1, 20, 2):
                 a, b = " ".join(words[:first]), " ".join(words[20 : 20 + second])
-                assert plain(a, f"{b}{cue}", truncation=True)["input_ids"] == ids_of(task, backbone, Labelled(a, "0", "", b))[0], (length, first, second)
+                theirs, (ours,) = plain(a, f"{b}{cue}", truncation=True)["input_ids"], ids_of(task, backbone, Labelled(a, "0", "", b))
+                odd = older and len(theirs) == len(ours) and abs(theirs.index(eos, 1) - ours.index(eos, 1)) == 1
+                assert theirs == ours or odd, (length, first, second)
 
 
 def test_texts_that_differ_in_white_space_are_one(tmp_path, caplog):
