@@ -126,6 +126,8 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
     for name in section:
         if name in owned and not (name in defaults and section[name] == defaults[name]):  # a resolved recipe says what it is
             raise UserError(f"trainer.{name}: not to be set: {owned[name]}")
+    if type(section.get("output_dir")) in (int, float):
+        section["output_dir"] = str(section["output_dir"])  # a folder may be called by a number
     values = {k: config.convert(v, OURS.get(k) or hints[k], f"trainer.{k}") for k, v in section.items()}
     if not str(values.get("output_dir") or "").strip():
         raise UserError("trainer.output_dir: missing; name the folder of the run")

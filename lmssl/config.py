@@ -43,7 +43,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not text", problem_mark=key_node.start_mark)
+            raise yaml.MarkedYAMLError(problem=f'the key {key!r} is not text ("{key}" is)', problem_mark=key_node.start_mark)
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"the key '{key}' stands twice", problem_mark=key_node.start_mark)
         seen[key] = loader.construct_object(value_node, deep=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmssl import config, output
 from lmssl.data import corpus
-from lmssl.errors import Interrupted, UserError, did_you_mean, fitting, refused
+from lmssl.errors import Interrupted, Stopped, UserError, did_you_mean, fitting, refused
 
 if TYPE_CHECKING:
     from lmssl.tasks.base import Backbone, Task
@@ -184,6 +184,7 @@ def write(rows: Iterator[dict[str, Any]], out: Path | None) -> None:
     Raises:
         UserError: a bad record; the predictions before it are kept in OUT.part.
         Interrupted: a signal; so are those before it.
+        Stopped: the disk is full; so are those that it holds.
     """
     first = next(rows, None)
     whole = () if first is None else chain([first], rows)
@@ -199,12 +200,14 @@ def write(rows: Iterator[dict[str, Any]], out: Path | None) -> None:
                 print(json.dumps(row, ensure_ascii=False), file=file)
         if ordinary:
             beside.replace(out)
-    except (UserError, KeyboardInterrupt) as error:
-        if not ordinary or not beside.stat().st_size:
+    except (UserError, KeyboardInterrupt, OSError) as error:
+        if not ordinary or not (beside.is_file() and beside.stat().st_size):
             raise
         kept, ordinary = beside, False
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted.by(error, f"the predictions made until then are in {kept}") from error
+        if isinstance(error, OSError):
+            raise Stopped(f"{out} cannot be written: {error.strerror or error}; the predictions before are in {kept}") from error
         raise UserError(f"{error}; the predictions before it are in {kept}") from error
     finally:
         if ordinary:

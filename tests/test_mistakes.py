@@ -12,6 +12,7 @@ from lmssl import arguments
 from lmssl.cli import run
 from lmssl.config import apply_overrides
 from lmssl.errors import UserError, said
+from lmssl.tasks import curve
 from lmssl.tasks.sentiment import Sentiment
 from tests.helpers import sentences
 from tests.test_trainer import recipe_of
@@ -303,3 +304,12 @@ def test_what_an_exception_says():
 def test_weights_that_are_not_those_that_train_are_refused():
     with pytest.raises(UserError, match=r"trainer\.optim: schedule-free"):
         arguments.resolve({"output_dir": "x", "max_steps": 1, "optimizer": "adamw", "optim": "schedule_free_adamw"}, arguments.pretrain_defaults(False))
+
+
+def test_a_folder_may_be_called_by_a_number():
+    assert arguments.resolve({"output_dir": 2024, "max_steps": 1}, arguments.pretrain_defaults(False))["output_dir"] == "2024"
+
+
+def test_no_labelled_example_is_said():
+    with pytest.raises(UserError, match=r"data\.train: no labelled example"):
+        curve.check(Sentiment(), [], [])

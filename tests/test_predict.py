@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lmssl import predict
 from lmssl.cli import run
-from lmssl.errors import UserError
+from lmssl.errors import Stopped, UserError
 from lmssl.tasks import make_task
 from lmssl.tasks.base import Backbone
 from lmssl.tasks.qa import QuestionAnswering
@@ -272,3 +272,17 @@ def test_a_tokenizer_may_say_more_than_the_model_reads(classifier, tmp_path, cap
     (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 512}))
     (tmp_path / "x.txt").write_text("a good film " * 100)
     assert run(["predict", str(tmp_path / "model"), str(tmp_path / "x.txt"), "--task", "sentiment"]) == 0
+
+
+def test_predictions_before_a_full_disk_are_kept(tmp_path):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(Stopped, match=r"out\.jsonl cannot be written: File too large; the predictions before are in .*out\.jsonl\.part"):
+            predict.write(({"where": f"x:{n}", "label": "good" * 10} for n in range(1000)), tmp_path / "out.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert json.loads((tmp_path / "out.jsonl.part").read_text().splitlines()[0])["where"] == "x:0"
+    assert not (tmp_path / "out.jsonl").exists()

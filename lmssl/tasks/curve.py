@@ -83,6 +83,8 @@ def in_order(classes: Iterable[str]) -> list[str]:
 
 def check(task: Task, train: Sequence[Any], test: Sequence[Any]) -> list[str]:
     """The class names (none where the task has none); refuses counts and classes that cannot work."""
+    if not train:
+        raise UserError("data.train: no labelled example")
     classes = in_order(e.label for e in train) if task.classes else []
     if task.classes and len(classes) < 2:
         raise UserError(f"data.train: only one class ({classes[0] if classes else 'none'}); a classifier needs two")
