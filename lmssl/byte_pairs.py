@@ -70,8 +70,10 @@ def encode(fast: Any, backend: Any, texts: Sequence[str]) -> list[np.ndarray]:
         UserError: they differ.
         ValueError: a text is more than its regular expressions hold.
     """
+    if not texts:
+        return []
     packed, ends = fast.encode_batch_flat(list(texts), False, True)
-    ids = np.split(np.frombuffer(packed, np.uint32), np.frombuffer(ends, np.uint64)[1:-1].astype(np.int64)) if texts else []
-    if texts and ids[0].tolist() != backend.encode(texts[0], add_special_tokens=False).ids:
+    ids = np.split(np.frombuffer(packed, np.uint32), np.frombuffer(ends, np.uint64)[1:-1].astype(np.int64))
+    if ids[0].tolist() != backend.encode(texts[0], add_special_tokens=False).ids:
         raise UserError("data.tokenizer: fastokens makes other ids of a text than the tokenizers library; do without it (pip uninstall fastokens), and please report this")
     return ids

@@ -154,9 +154,9 @@ def _verdict(metrics: dict[str, Any]) -> str:
         return f"Pretraining changes {change}, over one seed: no spread, so no evidence."
     sure, lost = sum(interval[0] > 0 for interval in intervals), sum(interval[1] < 0 for interval in intervals)
     where = f"; the gain's 95% interval is above zero at {sure} of {len(intervals)} label counts" + (f", below it at {lost}" if lost else "")
-    half = statistics.t_quantile(len({r["seed"] for r in metrics["results"]}) - 1) * error
-    over_all = f"(95% interval {100 * (mean - half):+.1f} to {100 * (mean + half):+.1f})"
-    if mean > half:
+    low, high = statistics.interval(mean, error, len({r["seed"] for r in metrics["results"]}))
+    over_all = f"(95% interval {100 * low:+.1f} to {100 * high:+.1f})"
+    if low > 0:
         return f"Pretraining changes {change} {over_all}{where}."
     return f"No gain shown: pretraining changes {change} {over_all}{where if sure or lost else ''}."
 

@@ -57,10 +57,15 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
         gain: dict[str, Any] = {"mean": mean, "error": None, "interval": None}
         if len(gains) > 1:
             error = float(gains.std(ddof=1) / math.sqrt(len(gains)))
-            half = t_quantile(len(gains) - 1) * error
-            gain |= {"error": error, "interval": [mean - half, mean + half]}
+            gain |= {"error": error, "interval": interval(mean, error, len(gains))}
         rows.append({"labels": labels, "scratch": spread([*scratch[labels].values()]), "pretrained": spread([*pretrained[labels].values()]), "gain": gain})
     return rows
+
+
+def interval(mean: float, error: float, count: int) -> list[float]:
+    """The 95% t-interval of a mean of so many values, of its standard error."""
+    half = t_quantile(count - 1) * error
+    return [mean - half, mean + half]
 
 
 def equivalence(results: Sequence[Result], draws: int = 2000) -> list[dict[str, Any]]:
