@@ -17,7 +17,6 @@ import logging
 import mmap
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, pairwise
 from pathlib import Path
@@ -76,19 +75,22 @@ class _Writer:
 
     Written without `datasets`, whose import takes longer than preparing a small text, and whose save_to_disk would copy
     a large one once more.
+
+    Attributes:
+        leaks: documents left out, since they share an n-gram with `tests`.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer):
+    def __init__(self, folder: Path, tokenizer: Tokenizer, tests: Grams | None = None):
         import pyarrow as pa
 
-        self._folder, self._tokenizer = folder, tokenizer
+        self._folder, self._tokenizer, self._tests = folder, tokenizer, tests
         self._ids = pa.uint16() if tokenizer.size <= 2**16 else pa.int32()
         self._schema = pa.schema({"input_ids": pa.list_(self._ids), "bytes": pa.int64()})
         folder.mkdir(parents=True)
         self._stream = pa.ipc.new_stream(str(folder / DATA), self._schema)
         self._texts: list[str] = []
         self._held = 0
-        self.documents = self.tokens = self.bytes = 0
+        self.documents = self.tokens = self.bytes = self.leaks = 0
 
     def add(self, text: str) -> None:
         self._texts.append(text)
@@ -99,7 +101,12 @@ class _Writer:
     def _flush(self) -> None:
         import pyarrow as pa
 
+        if self._tests is not None:
+            met = self._tests.any_in(self._texts)
+            self._texts = [text for text, leaks in zip(self._texts, met, strict=True) if not leaks]
+            self.leaks += int(met.sum())
         if not self._texts:
+            self._held = 0
             return
         encoded = self._tokenizer.encode(self._texts)
         sizes = np.array([len(t.encode()) for t in self._texts], np.int64)
@@ -146,14 +153,14 @@ def write(
         UserError: no document, or so few that none is left to train on; a folder that holds something else.
     """
     with _staged(Path(out)) as stage:
-        train, held = _Writer(stage / "train", tokenizer), _Writer(stage / "held_out", tokenizer)
-        dropped = _divide(texts, held_out, tests, train, held)
+        train, held = _Writer(stage / "train", tokenizer, tests), _Writer(stage / "held_out", tokenizer)
+        duplicates = _divide(texts, held_out, train, held)
         counts = {"train": train.close(), "held_out": held.close()}
         if not counts["train"]["documents"]:
-            raise _nothing_to_train_on(sources or [], counts["held_out"]["documents"], dropped["leaks"], bad)
+            raise _nothing_to_train_on(sources or [], counts["held_out"]["documents"], train.leaks, bad)
         tokenizer.save(stage / "tokenizer")
-        manifest = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocabulary": tokenizer.size, "sources": sources or [], "duplicates": dropped["duplicates"], **counts}
-        manifest |= {"decontaminated": dropped["leaks"]} if tests is not None else {}
+        manifest = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocabulary": tokenizer.size, "sources": sources or [], "duplicates": duplicates, **counts}
+        manifest |= {"decontaminated": train.leaks} if tests is not None else {}
         if bad and bad.skip:
             manifest["bad_records"] = {"skipped": bad.count, "first": bad.first}
         (stage / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -177,30 +184,26 @@ def _staged(out: Path) -> Iterator[Path]:
         raise
 
 
-def _divide(texts: Iterable[tuple[str, str]], held_out: float | Iterable[tuple[str, str]], tests: Grams | None, train: _Writer, held: _Writer) -> Counter[str]:
-    """Each document into one of the two, or into neither: how many `duplicates` and `leaks` there were."""
-    seen, dropped = _Seen(), Counter[str]()
+def _divide(texts: Iterable[tuple[str, str]], held_out: float | Iterable[tuple[str, str]], train: _Writer, held: _Writer) -> int:
+    """Each document into one of the two; how many duplicates were in neither."""
+    seen, duplicates = _Seen(), 0
     fraction, own = (held_out, ()) if isinstance(held_out, int | float) else (0.0, held_out)
     for text, _ in own:
         if seen.add(content_hash(text)):
             held.add(text)
 
     def new() -> Iterator[tuple[int, str]]:
+        nonlocal duplicates
         for text, _ in texts:
             value = content_hash(text)
             if seen.add(value):
                 yield value, text
             else:
-                dropped["duplicates"] += 1
+                duplicates += 1
 
     for text, is_held in _marked(new(), fraction):
-        if is_held:
-            held.add(text)
-        elif tests is not None and tests.any_in(text):
-            dropped["leaks"] += 1
-        else:
-            train.add(text)
-    return dropped
+        (held if is_held else train).add(text)
+    return duplicates
 
 
 def _marked(documents: Iterable[tuple[int, str]], fraction: float) -> Iterator[tuple[str, bool]]:
