@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,16 @@ from lmssl.models import AUTO
 USES = {
     "sentiment": """\
 from transformers import pipeline
-classify = pipeline("text-classification", model="{folder}")
+classify = pipeline("text-classification", model={folder})
 print(classify({text}, truncation=True))""",
     "translation": """\
 from transformers import {auto}, AutoTokenizer
-model, tokenizer = {auto}.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")
+model, tokenizer = {auto}.from_pretrained({folder}), AutoTokenizer.from_pretrained({folder})
 inputs = tokenizer([{text}], return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**inputs){new}, skip_special_tokens=True))""",
     "qa": """\
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
-model, tokenizer = AutoModelForQuestionAnswering.from_pretrained("{folder}"), AutoTokenizer.from_pretrained("{folder}")
+model, tokenizer = AutoModelForQuestionAnswering.from_pretrained({folder}), AutoTokenizer.from_pretrained({folder})
 question, context = "Who wrote it?", "It was written by Ada Lovelace in 1843."
 inputs = tokenizer(question, context, return_tensors="pt", return_offsets_mapping=True, truncation="only_second")
 spans, inside = inputs.pop("offset_mapping")[0], [i for i, s in enumerate(inputs.sequence_ids()) if s == 1]
@@ -34,6 +36,15 @@ answer = context[spans[start][0] : spans[end][1]].strip()
 {null}print(answer)""",
 }
 """Prediction without lmssl, by task."""
+
+
+def _quoted(text: str) -> str:
+    """As Python source, in double quotes.
+
+    >>> print(_quoted('my "runs"'))
+    "my \\"runs\\""
+    """
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _card(folder: str, tags: list[str], text: str) -> str:
@@ -63,8 +74,8 @@ def model_card(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
 
 ```python
 from transformers import {auto}, AutoTokenizer
-model = {auto}.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = {auto}.from_pretrained({_quoted(folder)})
+tokenizer = AutoTokenizer.from_pretrained({_quoted(folder)})
 ```
 
 {_recipe(recipe)}""",
@@ -85,7 +96,7 @@ def task_card(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
 
 {accepted}Leak check: {report.leaks_in_words(metrics["leaks"])}.
 
-{use(metrics, recipe)}Files of inputs: `lmssl predict {folder} FILE`.
+{use(metrics, recipe)}Files of inputs: `lmssl predict {shlex.quote(folder)} FILE`.
 
 {_recipe(recipe)}""",
     )
@@ -117,5 +128,7 @@ def use(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
         null = f"""null = outputs.start_logits[0, {at}] + outputs.end_logits[0, {at}]
 answer = "" if null - scores.max() > {recipe["task"]["null_margin"]} else answer  # unanswerable
 """
-    lines = USES[task].format(folder=folder, text=text, auto=auto, new='[:, inputs["input_ids"].shape[1] :]' if decoder else "", longest=recipe["task"].get("longest"), null=null)
+    lines = USES[task].format(
+        folder=_quoted(folder), text=text, auto=auto, new='[:, inputs["input_ids"].shape[1] :]' if decoder else "", longest=recipe["task"].get("longest"), null=null
+    )
     return f"```python\n{lines}\n```\n\n"

@@ -47,9 +47,9 @@ def parser() -> argparse.ArgumentParser:
     sub = verb("tokenizer", _tokenizer, "Train a tokenizer on text, or complete one that lacks mask or sentinels (--from).")
     sub.add_argument("text", nargs="*", help="files, globs, folders, package:// files, each with an optional ::column")
     sub.add_argument("--out", required=True, help="folder to write")
-    sub.add_argument("--kind", default="bpe", help="bpe (byte-level), wordpiece or unigram; default bpe")
-    sub.add_argument("--size", type=int, default=8192, help="number of ids, default 8192")
-    sub.add_argument("--held-out", type=float, default=0.0, help="fraction of documents, by content hash, that training does not see")
+    sub.add_argument("--kind", help="bpe (byte-level), wordpiece or unigram; default bpe")
+    sub.add_argument("--size", type=int, help="number of ids, default 8192")
+    sub.add_argument("--held-out", type=float, help="fraction of documents, by content hash, that training does not see")
     sub.add_argument("--skip-bad-records", action="store_true", help="leave out records that are no valid text, instead of stopping at the first")
     sub.add_argument("--from", dest="source", help="complete this tokenizer instead of training one")
     verb("prepare", _prepare, "Tokenize a recipe's text ahead of time.", "RECIPE")
@@ -170,8 +170,12 @@ def _tokenizer(options: argparse.Namespace) -> None:
 
     if bool(options.source) == bool(options.text):
         raise UserError("tokenizer: give text to train on, or --from FOLDER to complete an existing tokenizer")
-    if not 0 <= options.held_out < 1:
-        raise UserError(f"--held-out: {options.held_out} must be a fraction of 0 or more, below 1")
+    given = [name for name in ("kind", "size", "held_out") if getattr(options, name) is not None] + ["skip_bad_records"] * options.skip_bad_records
+    if options.source and given:
+        raise UserError(f"--{given[0].replace('_', '-')}: is for training, and --from trains nothing; leave it out")
+    held_out = options.held_out or 0.0
+    if not 0 <= held_out < 1:
+        raise UserError(f"--held-out: {held_out} must be a fraction of 0 or more, below 1")
     if (Path(options.out) / "tokenizer.json").exists():
         raise UserError(f"--out: {options.out} holds a tokenizer already")
     with written(f"--out: {options.out}", UserError):  # before a long training
@@ -181,10 +185,10 @@ def _tokenizer(options: argparse.Namespace) -> None:
         added = tokenizer.complete()
         print(f"added {len(added)} special tokens" + (f": {', '.join(added[:5])} ..." if added else ""))
     else:
-        limit = below(options.held_out)
+        limit = below(held_out)
         bad = corpus.BadRecords(options.skip_bad_records, "--skip-bad-records leaves such records out")
         texts = (text for text, _ in corpus.documents(corpus.resolve(options.text, "text"), None, bad) if content_hash(text) >= limit)
-        tokenizer = tokenization.train(texts, options.kind, options.size, sys.stderr.isatty())
+        tokenizer = tokenization.train(texts, options.kind or "bpe", 8192 if options.size is None else options.size, sys.stderr.isatty())
         if bad.count:
             print(f"{bad.count:,} bad records skipped, the first: {bad.first[0]}")
     with written(f"the tokenizer in {options.out}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from typing import IO, Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def _block(title: str, ids: np.ndarray, kinds: list[str], tokenizer: Tokenizer, 
             runs.append((kind, [i]))
     words: list[tuple[str, str]] = []
     for kind, members in runs:
-        text = tokenizer.decode(members).replace("\n", " ")
+        text = _visible(tokenizer.decode(members))
         words += [(kind, w) for w in ([text] if kind != "plain" else _split(text)) if w]
     lines, line, used = [], "", 0
     for kind, word in words:
@@ -85,6 +86,15 @@ def _block(title: str, ids: np.ndarray, kinds: list[str], tokenizer: Tokenizer, 
         used += size
     lines.append(line)
     return [f"  {title if n == 0 else '':7} {text}" for n, text in enumerate(lines)]
+
+
+def _visible(text: str) -> str:
+    """A text on one line, without what a terminal would obey.
+
+    >>> _visible("two\\nlines\\x1b[2J")
+    'two lines\\\\x1b[2J'
+    """
+    return "".join(" " if c in "\n\t" else repr(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in text)
 
 
 def _split(text: str) -> list[str]:

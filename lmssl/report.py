@@ -114,11 +114,16 @@ def _row(shown: dict[str, str]) -> str:
     return f'<div class="rows">{part("text", shown["row"])}{"" if same else part("input", shown["input"])}{part("labels", shown["labels"])}</div>'
 
 
+def _trivial(metrics: dict[str, Any]) -> str:
+    """The answer to every example that `majority` scores."""
+    return "the largest class alone" if metrics.get("classes") else "no answer to any"
+
+
 def _finetuned(folder: Path, metrics: dict[str, Any], figure: Callable[..., str]) -> str:
     seeds = len({r["seed"] for r in metrics["results"]})
     facts = [
         ("backbone", f"{metrics.get('backbone')} ({metrics.get('architecture')}, {metrics.get('family')})"),
-        ("test set", f"{metrics.get('test_examples', 0):,} examples" + (f"; the largest class alone gives {metrics['majority']:.1%}" if metrics.get("classes") else "")),
+        ("test set", f"{metrics.get('test_examples', 0):,} examples" + (f"; {_trivial(metrics)} gives {metrics['majority']:.1%}" if metrics.get("majority") else "")),
         ("leak check", leaks_in_words(metrics.get("leaks"))),
         ("runs", f"{len(metrics['results'])}: {seeds} seed{'s' * (seeds > 1)}, both inits, the same subsets and steps"),
         *([("trained", f"{METHODS[metrics['method']]}; the twin from scratch whole")] if metrics.get("method", "full") != "full" else []),
@@ -291,8 +296,8 @@ def _draw_labels(ax: Any, metrics: dict[str, Any]) -> None:
         ax.plot(x, mean, "-" if name in ("scratch", "pretrained") else "--", color=colour, label=name)
         ax.fill_between(x, [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)], color=colour, alpha=0.15, linewidth=0)
         ax.plot([n for n, _ in points], [100 * score for _, score in points], ".", color=colour, alpha=0.6)
-    if metrics.get("classes"):
-        ax.axhline(100 * metrics["majority"], color="#999", linestyle=":", label="largest class")
+    if metrics.get("majority"):
+        ax.axhline(100 * metrics["majority"], color="#999", linestyle=":", label=_trivial(metrics))
     ticks = sorted({n for points in curves.values() for n, _ in points})
     ax.set_xscale("log")
     named = ticks[:1]

@@ -141,6 +141,9 @@ def test_tokenizer_verb(corpus_file, tmp_path, capsys):
     assert "--held-out: 1.5 must be" in capsys.readouterr().err
     assert run(["tokenizer", "--from", str(tmp_path / "t"), "--out", str(tmp_path / "u")]) == 0
     assert "added 0" in capsys.readouterr().out
+    for option in (["--kind", "bpe"], ["--size", "460"], ["--held-out", "0"], ["--skip-bad-records"]):
+        assert run(["tokenizer", "--from", str(tmp_path / "t"), "--out", str(tmp_path / "w"), *option]) == 2
+        assert capsys.readouterr().err == f"lmssl: error: {option[0]}: is for training, and --from trains nothing; leave it out\n"
 
 
 def test_overrides_may_stand_behind_options(corpus_file, tmp_path):

@@ -163,6 +163,10 @@ def test_guessing_the_largest_class_is_scored_as_the_models_are(recipe, tmp_path
     for metric, expected in (("accuracy", 10 / 12), ("macro_f1", metrics.f1_score(truth, [0] * 12, average="macro", zero_division=0))):
         made = recipe(test=str(tmp_path / "test.jsonl"), trainer={"output_dir": str(tmp_path / metric)}, labels=[8], seeds=1, metric=metric)
         assert finetune(made, quiet=True)["majority"] == pytest.approx(expected)
+    told = [json.loads(line) for line in (tmp_path / "macro_f1" / "predictions" / "examples.jsonl").read_text().splitlines()]
+    guessed = (tmp_path / "macro_f1" / "predictions" / "8-pretrained-0.txt").read_text().splitlines()
+    assert len(told) == len(guessed) == 12
+    assert {row["where"]: row["label"] for row in told} == {f"{tmp_path / 'test.jsonl'}:{n + 1}": str(int(n < 2)) for n in range(12)}
 
 
 def test_a_run_that_was_begun_under_other_settings_begins_anew(recipe, tmp_path, monkeypatch):

@@ -190,6 +190,7 @@ def test_no_answer():
     unanswered = Question("x", "", "")
     assert QuestionAnswering().fitted([answered], [answered, unanswered]).no_answer is False, "the test set decides nothing"
     assert QuestionAnswering().fitted([answered, unanswered], [answered]).no_answer is True
+    assert (task.majority([answered, unanswered] * 2), QuestionAnswering(no_answer=False).majority([answered])) == (0.5, 0.0)
 
 
 def test_written_answers(folder_of):

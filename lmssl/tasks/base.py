@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,6 +166,14 @@ class Task(ABC):
     def scores(self, truth: Sequence[str], guesses: Sequence[str]) -> dict[str, float]:
         """Of guessed classes; a task with `classes` and another metric than accuracy has its own."""
         return {"accuracy": sum(a == b for a, b in zip(truth, guesses, strict=True)) / len(truth)}
+
+    def majority(self, examples: Sequence[Any]) -> float:
+        """What the largest class as every answer scores; 0 where there are no classes."""
+        if not self.classes:
+            return 0.0
+        truth = [e.label for e in examples]
+        ((largest, _),) = Counter(truth).most_common(1)
+        return self.scores(truth, [largest] * len(truth))[self.metric]
 
     def write_outputs(self, folder: Path, name: str, examples: Sequence[Any], outputs: Sequence[str]) -> None:
         """Save the output for each test example: a line each."""

@@ -254,7 +254,7 @@ class Curve:
             "architecture": self.backbone.config.model_type,
             "classes": list(self.backbone.classes),
             "test_examples": len(self.test),
-            "majority": self._majority(),
+            "majority": self.task.majority(self.test),
             "max_length": self.backbone.length,
             "learning_rate": self.args.learning_rate,
             "tuning": self.ledger.tuning,
@@ -404,14 +404,6 @@ class Curve:
             self.task.finish(self.backbone, model).save(self.out)
             for path in self.out.glob("*.safetensors"):
                 checkpoints.sync(path)
-
-    def _majority(self) -> float:
-        """What the largest class as every answer scores; 0 where there are no classes."""
-        if not self.task.classes:
-            return 0.0
-        truth = [e.label for e in self.test]
-        ((largest, _),) = Counter(truth).most_common(1)
-        return self.task.scores(truth, [largest] * len(truth))[self.task.metric]
 
     def _baseline(self) -> list[dict[str, Any]]:
         """TF-IDF with logistic regression on every subset."""

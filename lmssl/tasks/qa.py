@@ -213,6 +213,10 @@ class QuestionAnswering(Task):
         held = [[w for w in some if w.answer != (w.null, w.null)] for some in asked]
         return {"answers": len(asked), "answers_inside_a_token": sum(bool(some) and not some[0].exact for some in held), "answers_in_no_window": sum(not some for some in held)}
 
+    def majority(self, examples: Sequence[Any]) -> float:
+        """What no answer to any question scores, where some have none."""
+        return sum(not e.answers for e in examples) / len(examples) if self.no_answer else 0.0
+
     def predictions(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int) -> list[dict[str, Any]]:
         """{"id", "answer"}, and of a chosen span its characters in the context, the n-best and the null score."""
         if self.writes(backbone):

@@ -14,10 +14,12 @@ A pair is given as `bos a eos b eos` (decoders without the last eos).
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from lmssl import models
+from lmssl import models, output
 from lmssl.data import corpus
 from lmssl.errors import UserError
 from lmssl.tasks.base import Backbone, Example, Item, Task, by_length, has_classifier, inputs_of, same
@@ -222,6 +224,11 @@ class Sentiment(Task):
         """{"label", "probabilities": {class: probability}}."""
         chances = torch.from_numpy(self.logits(model, backbone, examples, batch)).softmax(-1).numpy()
         return [{"label": backbone.classes[int(row.argmax())], "probabilities": {c: round(float(p), 6) for c, p in zip(backbone.classes, row, strict=True)}} for row in chances]
+
+    def write_outputs(self, folder: Path, name: str, examples: Sequence[Any], outputs: Sequence[str]) -> None:
+        """The guessed classes, a line each, and beside them where each example stands and its class."""
+        super().write_outputs(folder, name, examples, outputs)
+        output.write(folder / "examples.jsonl", "".join(json.dumps({"where": e.where, "label": e.label}) + "\n" for e in examples))
 
     def finish(self, backbone: Backbone, model: PreTrainedModel) -> Tokenizer:
         """Decoders are given no closing eos; a long text is cut on the side that the training cut."""
