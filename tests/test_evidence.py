@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -315,3 +316,21 @@ def test_the_baseline_reads_text_without_spaces():
     rng = np.random.default_rng(0)
     examples = [Labelled("".join(rng.choice(list("这部电影的故事和音乐"), 12)) + ("很好看" if n % 2 else "真无聊") + "。", str(n % 2), f"x:{n}") for n in range(80)]
     assert baseline.tfidf(examples[:30], examples[30:], tasks.make_task({"name": "sentiment"}))["score"] > 0.95
+
+
+@pytest.mark.filterwarnings("ignore:The least populated class")
+def test_the_baseline_equals_scikit_learns_own_search():
+    """Words are counted once for all folds: what a fold's training texts lack is not known there."""
+    text, linear, choice, line = (pytest.importorskip(f"sklearn.{name}") for name in ("feature_extraction.text", "linear_model", "model_selection", "pipeline"))
+    draw, chosen = random.Random(0), set()
+    for count, classes in ((12, 2), (40, 3), (40, 2)):
+        labels = [str(min(int(draw.random() ** 2 * classes), classes - 1)) for _ in range(count + 60)]
+        texts = [" ".join(f"w{draw.randrange(60)}" if draw.random() < 0.8 else f"c{c}x{draw.randrange(6)}" for _ in range(12)) for c in labels]
+        pipe = line.make_pipeline(text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), linear.LogisticRegression(max_iter=2000))
+        folds = choice.StratifiedKFold(5, shuffle=True, random_state=0)
+        search = choice.GridSearchCV(pipe, {"logisticregression__C": baseline.GRID}, cv=folds).fit(texts[:count], labels[:count])
+        expected = {"score": search.score(texts[count:], labels[count:]), "C": search.best_params_["logisticregression__C"]}
+        examples = [Labelled(text, label, "") for text, label in zip(texts, labels, strict=True)]
+        assert baseline.tfidf(examples[:count], examples[count:], tasks.make_task({"name": "sentiment"})) == expected
+        chosen.add(expected["C"])
+    assert len(chosen) > 1
