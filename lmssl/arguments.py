@@ -21,7 +21,7 @@ if typing.TYPE_CHECKING:
 log = logging.getLogger("lmssl")
 
 FEWER_ROWS = "a smaller trainer.per_device_train_batch_size (gradient_accumulation_steps makes up for it)"
-WHOLE = "every process holds the whole model (docs/decisions/0020)"
+WHOLE = "every process holds the whole model"
 OWNED = {
     "ignore_data_skip": "a resumed run must skip what it consumed",
     "train_sampling_strategy": "the stream decides the order",
@@ -42,6 +42,13 @@ OWNED = {
     "fp16_full_eval": "held-out text is measured in float32",
     "push_to_hub": "publish the finished folder with `hf upload`, without checkpoint-*, and without metrics.json and report.html, which show rows of the text",
     "include_num_input_tokens_seen": "lmssl counts the tokens",
+    "average_tokens_across_devices": "the loss is exact over all processes",
+    "disable_tqdm": "there is a bar where a terminal reads it, and nowhere else",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the command says what is done"),
+    **dict.fromkeys(
+        ("prediction_loss_only", "eval_accumulation_steps", "batch_eval_metrics", "include_for_metrics", "eval_do_concat_batches"), "lmssl measures the held-out loss itself"
+    ),
+    "greater_is_better": "the final model is the last one",
     "group_by_length": "the stream decides the order",
     "fsdp": WHOLE,
     "fsdp_config": WHOLE,
@@ -57,6 +64,7 @@ OWNED_BY_TASKS = OWNED | {
     "eval_on_start": "each run is scored once, when it ends",
     "eval_delay": "each run is scored once, when it ends",
     "report_to": "the results of all runs stand in metrics.json",
+    **dict.fromkeys(("logging_strategy", "logging_steps", "logging_first_step"), "a run is one line, its result"),
     "batch": "a few labelled examples need no split; per_device_train_batch_size is theirs",
 }
 """The same for fine-tuning."""
@@ -162,7 +170,7 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
             bound = "above 0" if name in POSITIVE else "at least 0" if name in NOT_NEGATIVE else "at least 0 and below 1"
             raise UserError(f"trainer.{name}: {value} must be {bound}")
         if isinstance(value, int) and not -(2**31) <= value < 2**32:
-            raise UserError(f"trainer.{name}: {value} must be below 2^32")
+            raise UserError(f"trainer.{name}: {value} must lie between -2^31 and 2^32")
 
 
 def global_batch(values: Mapping[str, Any]) -> int:

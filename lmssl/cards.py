@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lmssl import report
+from lmssl import evidence
 from lmssl.models import AUTO
 
 USES = {
@@ -85,16 +85,16 @@ tokenizer = AutoTokenizer.from_pretrained({_quoted(folder)})
 def task_card(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:
     """The card of a fine-tuned model: what it reached beside its twin, and how to use it."""
     folder, task = recipe["trainer"]["output_dir"], metrics["task"]
-    accepted = "".join(f"Accepted: {report.accepted_in_words(change)}.\n\n" for change in metrics.get("accepted", []))
+    accepted = "".join(f"Accepted: {evidence.accepted_in_words(change)}.\n\n" for change in metrics.get("accepted", []))
     return _card(
         folder,
         [task],
         f"""`{metrics["backbone"]}` ({metrics["architecture"]}, {metrics["family"]}) fine-tuned for {task} on {metrics["saved_labels"]:,} labelled examples
 (seed 0). {metrics["metric"]} in percent on {metrics["test_examples"]:,} test examples, beside the same model from scratch:
 
-{report.label_table(metrics)}
+{evidence.label_table(metrics)}
 
-{accepted}Leak check: {report.leaks_in_words(metrics["leaks"])}.
+{accepted}Leak check: {evidence.leaks_in_words(metrics["leaks"])}.
 
 {use(metrics, recipe)}Files of inputs: `lmssl predict {shlex.quote(folder)} FILE`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
 import os
@@ -129,7 +130,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # a name too long, a folder without permission, wherever it was first touched
         print(f"lmssl: error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
-        return 2
+        return Stopped.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else UserError.exit_code
     return 0
 
 
@@ -197,6 +198,7 @@ def _tokenizer(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    from lmssl.data import contamination
     from lmssl.objectives import make
     from lmssl.recipe import PretrainRecipe, prepared
 
@@ -208,7 +210,7 @@ def _prepare(options: argparse.Namespace) -> None:
         counts = found.manifest[split]
         print(f"{split:9} {counts['documents']:>10,} documents  {counts['tokens']:>13,} tokens  {counts['bytes']:>14,} bytes")
     if "decontaminated" in found.manifest:
-        print(f"{found.manifest['decontaminated']:,} documents dropped that share 13 words in a row with a test text")
+        print(f"{found.manifest['decontaminated']:,} documents dropped that share {contamination.GRAM} words in a row with a test text")
     if skipped := found.manifest.get("bad_records", {}).get("skipped"):
         print(f"{skipped:,} bad records skipped, the first: {found.manifest['bad_records']['first'][0]}")
     print(f"{found.manifest['duplicates']:,} exact duplicates dropped; in {found.folder}")
@@ -259,7 +261,7 @@ def _print_cost(measure: str, loaded: Any) -> None:
 
 def _check_accepted(options: argparse.Namespace) -> None:
     if options.accept and not options.resume:
-        raise UserError(f"--accept: {options.accept[0]}: goes with --resume; a run begun anew differs from none")
+        raise UserError(f"--accept {options.accept[0]}: means something with --resume alone; leave it out, or add --resume")
 
 
 def _pretrain(options: argparse.Namespace) -> None:
@@ -279,7 +281,7 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    from lmssl import report, runs
+    from lmssl import evidence, runs
     from lmssl.recipe import FinetuneRecipe
 
     loaded = FinetuneRecipe.load(options.recipe, options.overrides)
@@ -290,7 +292,7 @@ def _finetune(options: argparse.Namespace) -> None:
         return
     metrics = runs.finetune(loaded, resume=options.resume, overwrite=options.overwrite, accept=tuple(options.accept))
     if first_process():
-        print(report.label_table(metrics))
+        print(evidence.label_table(metrics))
 
 
 def _predict(options: argparse.Namespace) -> None:

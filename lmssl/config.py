@@ -80,7 +80,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), sections
     try:
         text = Path(path).read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe; see recipes/README.md for those that ship with lmssl") from None
+        raise UserError(f"{path}: no such recipe") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, not a recipe file") from None
     except UnicodeDecodeError as error:
@@ -124,9 +124,11 @@ def apply_overrides(recipe: dict[str, dict[str, Any]], overrides: typing.Iterabl
             inner = target.get(part)
             target[part] = dict(inner) if isinstance(inner, dict) else {}
             target = target[part]
-        found = value if _is_text(value) else parse_yaml(value, f"'{item}'")
-        if value and (found == value.strip() or not value.strip()):  # text, whose white space YAML drops: a cue begins with a space
-            found = value
+        found = value
+        if value.strip() and not _is_text(value):
+            found = parse_yaml(value, f"'{item}'")
+            if found == value.strip():  # text, whose white space YAML drops: a cue begins with a space
+                found = value
         if found is None and len(path) > 2:  # what is inside a value is nobody's to check
             target.pop(path[-1], None)
         else:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from lmssl.data.stream import Stream
-from lmssl.objectives.base import IGNORE, Arrays
+from lmssl.objectives.base import IGNORE, Arrays, Vocab, first_tokens
 from lmssl.tokenization import Tokenizer
 
 STYLES = {"plain": "", "special": "2", "mask": "30;43", "random": "30;41", "kept": "30;46", "sentinel": "30;45"}
@@ -31,15 +31,15 @@ def row(stream: Stream, tokenizer: Tokenizer, i: int, colour: bool, width: int =
     epoch, k = stream.index(i)
     vocab = stream.vocab
     lines = [f"item {i} (epoch {epoch}, row {k}): {len(np.unique(before.segments[used]))} documents, {int(used.sum())} tokens"]
-    lines += _block("text", before.ids[used], _kinds(before.ids[used], vocab), tokenizer, colour, width)
+    lines += _block("text", before.ids[used], _kinds(before.ids[used], vocab), tokenizer, vocab, colour, width)
     own = arrays["segments"] > 0
     kinds = _kinds(arrays["input_ids"][own], vocab)
     if "decoder_input_ids" not in arrays:
         kinds = _changed(arrays, before.ids, own, kinds)
-    lines += _block("input", arrays["input_ids"][own], kinds, tokenizer, colour, width)
+    lines += _block("input", arrays["input_ids"][own], kinds, tokenizer, vocab, colour, width)
     labels = arrays["labels"][arrays["labels"] != IGNORE]
     if "decoder_input_ids" in arrays:
-        lines += _block("target", labels, _kinds(labels, vocab), tokenizer, colour, width)
+        lines += _block("target", labels, _kinds(labels, vocab), tokenizer, vocab, colour, width)
     lines.append(f"  {len(labels)} labels, {len(labels) / max(int(used.sum()), 1):.1%} of the tokens")
     return "\n".join(lines)
 
@@ -49,7 +49,7 @@ def legend(colour: bool) -> str:
     return "  ".join(_paint(text, kind, colour) for kind, text in LEGEND.items())
 
 
-def _kinds(ids: np.ndarray, vocab: Any) -> list[str]:
+def _kinds(ids: np.ndarray, vocab: Vocab) -> list[str]:
     sentinels = set(vocab.sentinels.tolist())
     return ["sentinel" if i in sentinels else "mask" if i == vocab.mask else "special" if vocab.special[i] else "plain" for i in ids.tolist()]
 
@@ -57,13 +57,13 @@ def _kinds(ids: np.ndarray, vocab: Any) -> list[str]:
 def _changed(arrays: Arrays, before: np.ndarray, own: np.ndarray, kinds: list[str]) -> list[str]:
     """Where a label is asked without a [MASK]: replaced at random, or left as it is. Next-token rows stay plain."""
     asked = arrays["labels"][own] != IGNORE
-    if asked.mean() > 0.9:
+    if (asked | first_tokens(arrays["segments"][own])).all():
         return kinds
     same = arrays["input_ids"][own] == before[own]
     return ["kept" if a and s else "random" if a and k == "plain" else k for k, a, s in zip(kinds, asked, same, strict=True)]
 
 
-def _block(title: str, ids: np.ndarray, kinds: list[str], tokenizer: Tokenizer, colour: bool, width: int) -> list[str]:
+def _block(title: str, ids: np.ndarray, kinds: list[str], tokenizer: Tokenizer, vocab: Vocab, colour: bool, width: int) -> list[str]:
     """One labelled, wrapped paragraph; neighbouring tokens of one kind are decoded together."""
     runs: list[tuple[str, list[int]]] = []
     for i, kind in zip(ids.tolist(), kinds, strict=True):
@@ -74,6 +74,8 @@ def _block(title: str, ids: np.ndarray, kinds: list[str], tokenizer: Tokenizer, 
     words: list[tuple[str, str]] = []
     for kind, members in runs:
         text = _visible(tokenizer.decode(members))
+        if vocab.word_start[members[0]] and words and words[-1][0] != "special" and not text[:1].isspace():  # WordPiece: a word decoded alone has no space before it
+            text = f" {text}"
         words += [(kind, w) for w in ([text] if kind != "plain" else _split(text)) if w]
     lines, line, used = [], "", 0
     for kind, word in words:

@@ -63,5 +63,5 @@ def held_out(
 
 
 def held_out_stream(stream_like: Stream, seq_length: int, start: int | None) -> Stream:
-    """The held-out rows of a training stream: file order, fixed seed, the objective's fixed held-out rate."""
+    """The held-out rows of a training stream: file order, a fixed seed, and the objective as it says that held-out text is measured."""
     return Stream(stream_like.tokens.held_out(), stream_like.objective.held_out(), seq_length, seed=0, length=None, start=start)

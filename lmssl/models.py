@@ -355,10 +355,14 @@ def decoder_start(config: PretrainedConfig) -> int | None:
     return getattr(config, "decoder_start_token_id", None)
 
 
+def settings(config: PretrainedConfig) -> str:
+    """What a configuration says of the model, and not of who wrote it."""
+    return json.dumps({k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype", "architectures")}, sort_keys=True, default=str)
+
+
 def description(config: PretrainedConfig, model: PreTrainedModel) -> str:
     """One line that differs where two models do, but for their weights."""
-    plain = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version", "dtype", "architectures")}
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+    digest = hashlib.sha256(settings(config).encode()).hexdigest()
     return f"{config.model_type}, {parameters(model):,} parameters, configuration {digest[:8]}"
 
 

@@ -36,7 +36,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8, momentum: float = 0.9):
         for group in groups:
-            own = {"momentum": momentum, "nesterov": True, "ns_coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7, "ns_steps": 5, "adjust_lr_fn": "match_rms_adamw"}
+            own = {"momentum": momentum, "ns_coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7, "ns_steps": 5}
             group |= own if group["muon"] else {"betas": betas, "eps": eps}
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0})
         self.found_inf: Tensor | None = None
@@ -44,15 +44,15 @@ class MuonAdamW(torch.optim.Optimizer):
         self._link()
 
     def _link(self) -> None:
-        """The parts work on this optimizer's own groups and state."""
-        self._parts: list[torch.optim.Optimizer] = []
-        for group in self.param_groups:
-            keys = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
-            part: torch.optim.Optimizer = torch.optim.Muon(group["params"], **keys) if group["muon"] else torch.optim.AdamW(group["params"], fused=True, **keys)
-            for key, value in part.param_groups[0].items():
-                group.setdefault(key, value)
-            part.param_groups, part.state = [group], self.state
-            self._parts.append(part)
+        """An AdamW for each group that takes it, which works on this optimizer's own group and state."""
+        self._adamw: dict[int, torch.optim.AdamW] = {}
+        for number, group in enumerate(self.param_groups):
+            if not group["muon"]:
+                part = torch.optim.AdamW(group["params"], lr=group["lr"], weight_decay=group["weight_decay"], fused=True)
+                for key, value in part.param_groups[0].items():
+                    group.setdefault(key, value)
+                part.param_groups, part.state = [group], self.state
+                self._adamw[number] = part
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -61,12 +61,12 @@ class MuonAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss: Any = closure() if closure else None
-        for group, part in zip(self.param_groups, self._parts, strict=True):
+        for number, group in enumerate(self.param_groups):
             if group["muon"]:
                 self._muon(group)
             else:
-                part.found_inf = self.found_inf  # type: ignore[attr-defined]
-                part.step()
+                self._adamw[number].found_inf = self.found_inf  # type: ignore[attr-defined]
+                self._adamw[number].step()
         return loss
 
     def _muon(self, group: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
-from lmssl import forward, machine, models, output, packing
+from lmssl import arguments, forward, machine, models, output, packing
 from lmssl.arguments import FEWER_ROWS
 from lmssl.data.stream import Collator, Stream, two_lengths
 from lmssl.data.tokens import TokenSet
@@ -23,7 +23,6 @@ from lmssl.evaluation import held_out, held_out_stream
 from lmssl.objectives import fields_of
 from lmssl.objectives.base import IGNORE, Objective
 from lmssl.objectives.cross_entropy import token_loss
-from lmssl.ranks import processes
 from lmssl.trainer import ExactTrainer
 
 log = logging.getLogger("lmssl")
@@ -65,7 +64,7 @@ class PretrainTrainer(ExactTrainer):
         self.objective = objective
         self.seq_length = length = _checked_length(model, train_dataset, args, seq_length)
         self.start = models.decoder_start(model.config)
-        batch = processes() * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        batch = arguments.global_batch(vars(args))
         stream = Stream(train_dataset, objective, length, args.seed, args.max_steps * batch, self.start)
         collator = packing.collator(stream, length, family, args.device, two_lengths(stream, length))
         kernel = collator.most_documents is not None

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import html
 import io
-import json
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lmssl import output, statistics
-from lmssl.data.contamination import GRAM, SHORTEST
+from lmssl import evidence, output, statistics
 from lmssl.errors import UserError
 
 _CHECKPOINT = re.compile(r"(damaged-)?checkpoint-\d+")
@@ -45,10 +43,7 @@ def write(folders: list[Path], *, png: bool = False) -> Path:
         if not found:
             raise UserError(f"{folder}: no metrics.json in it or below; a finished run leaves one")
         for path in found:
-            try:
-                metrics = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{path}: not valid JSON: {error}") from None
+            metrics = output.read_json(path)
             if not isinstance(metrics, dict) or ("results" in metrics and not {"summary", "metric", "task"} <= set(metrics)):
                 raise UserError(f"{path}: is not of a run of lmssl")
             # Else of a checkpoint that was only scored, or of a folder inside another that was named.
@@ -66,10 +61,10 @@ def write(folders: list[Path], *, png: bool = False) -> Path:
 def page(runs: list[tuple[Path, dict[str, Any]]], title: str, pngs: Path | None = None) -> str:
     """The whole page. `pngs`: a folder that gets every plot as PNG too."""
     parts = []
-    evidence = [run for run in runs if "results" in run[1]]
-    for folder, metrics in evidence:
-        name = f"{folder}: " if len(evidence) > 1 else ""
-        parts.append(f'<p class="verdict">{html.escape(name + verdict(metrics))}</p>')
+    curves = [run for run in runs if "results" in run[1]]
+    for folder, metrics in curves:
+        name = f"{folder}: " if len(curves) > 1 else ""
+        parts.append(f'<p class="verdict">{html.escape(name + evidence.verdict(metrics))}</p>')
     for number, (folder, metrics) in enumerate(runs):
         name = f"{number + 1}-{folder.name}"
 
@@ -114,26 +109,22 @@ def _row(shown: dict[str, str]) -> str:
     return f'<div class="rows">{part("text", shown["row"])}{"" if same else part("input", shown["input"])}{part("labels", shown["labels"])}</div>'
 
 
-def _trivial(metrics: dict[str, Any]) -> str:
-    """The answer to every example that `majority` scores."""
-    return "the largest class alone" if metrics.get("classes") else "no answer to any"
-
-
 def _finetuned(folder: Path, metrics: dict[str, Any], figure: Callable[..., str]) -> str:
     seeds = len({r["seed"] for r in metrics["results"]})
     facts = [
         ("backbone", f"{metrics.get('backbone')} ({metrics.get('architecture')}, {metrics.get('family')})"),
-        ("test set", f"{metrics.get('test_examples', 0):,} examples" + (f"; {_trivial(metrics)} gives {metrics['majority']:.1%}" if metrics.get("majority") else "")),
-        ("leak check", leaks_in_words(metrics.get("leaks"))),
+        ("test set", f"{metrics.get('test_examples', 0):,} examples"),
+        *([(evidence.trivial_answer(metrics), f"scores {metrics['majority']:.1%}")] if metrics.get("majority") else []),
+        ("leak check", evidence.leaks_in_words(metrics.get("leaks"))),
         ("runs", f"{len(metrics['results'])}: {seeds} seed{'s' * (seeds > 1)}, both inits, the same subsets and steps"),
         *([("trained", f"{METHODS[metrics['method']]}; the twin from scratch whole")] if metrics.get("method", "full") != "full" else []),
-        ("learning rate", _rates(metrics)),
-        *[("accepted", accepted_in_words(change)) for change in metrics.get("accepted", [])],
+        ("learning rate", evidence.rates_in_words(metrics)),
+        *[("accepted", evidence.accepted_in_words(change)) for change in metrics.get("accepted", [])],
         *[(name.replace("_", " "), f"{count:,}") for name, count in metrics.get("notes", {}).items()],
         ("time", f"{metrics.get('seconds', 0) / 60:.1f} minutes"),
         *_machine(metrics),
     ]
-    header, *rows = label_rows(metrics)
+    header, *rows = evidence.label_rows(metrics)
     cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     caption = f"{metrics['metric']} in percent" + (f", mean ± standard deviation over {seeds} seeds; gain paired by seed with its 95% interval" if seeds > 1 else ", one seed")
     caption += "; equivalent: labels from scratch that reach the same" if "equivalent" in header else ""
@@ -142,98 +133,6 @@ def _finetuned(folder: Path, metrics: dict[str, Any], figure: Callable[..., str]
         "labels", lambda ax: _draw_labels(ax, metrics), "Each point is one seed" + ("; the line joins the means, the band is one standard deviation." if seeds > 1 else ".")
     )
     return f"<h2>{html.escape(metrics['task'].capitalize())} on few labels: {html.escape(str(folder))}</h2>{table}{plot}{_facts(facts)}"
-
-
-def verdict(metrics: dict[str, Any]) -> str:
-    """What pretraining bought, in a sentence, negative results included; and another where the backbone was continued from somebody's checkpoint."""
-    before, tests = metrics.get("continued_from"), metrics.get("test_examples", statistics.FEW_TESTS)
-    few = f" {tests} test examples are few{statistics.worth(tests, metrics['metric'])}, and no interval over seeds counts them." if tests < statistics.FEW_TESTS else ""
-    return _verdict(metrics) + few + (f" The other model has random weights, so this counts what {before} brought." if before else "")
-
-
-def _verdict(metrics: dict[str, Any]) -> str:
-    intervals = [row["gain"]["interval"] for row in metrics["summary"]]
-    mean, error = mean_gain(metrics)
-    change = f"{metrics['task']} {metrics['metric']} by {100 * mean:+.1f} points on average"
-    if error is None:
-        return f"Pretraining changes {change}, over one seed: no spread, so no evidence."
-    sure, lost = sum(interval[0] > 0 for interval in intervals), sum(interval[1] < 0 for interval in intervals)
-    where = f"; the gain's 95% interval is above zero at {sure} of {len(intervals)} label counts" + (f", below it at {lost}" if lost else "")
-    low, high = statistics.interval(mean, error, len({r["seed"] for r in metrics["results"]}))
-    over_all = f"(95% interval {100 * low:+.1f} to {100 * high:+.1f})"
-    if low > 0:
-        return f"Pretraining changes {change} {over_all}{where}."
-    return f"No gain shown: pretraining changes {change} {over_all}{where if sure or lost else ''}."
-
-
-def mean_gain(metrics: dict[str, Any]) -> tuple[float, float | None]:
-    """The mean over the label counts of the paired gain, and its standard error over seeds (None for one seed)."""
-    seeds = sorted({r["seed"] for r in metrics["results"]})
-    sign = {"pretrained": 1.0, "scratch": -1.0}
-    counts = {row["labels"] for row in metrics["summary"]}  # further counts from scratch have no partner
-    means = [sum(sign[r["init"]] * r["score"] for r in metrics["results"] if r["seed"] == s and r["labels"] in counts) / len(counts) for s in seeds]
-    mean = sum(means) / len(means)
-    if len(means) < 2:
-        return mean, None
-    return mean, math.sqrt(sum((m - mean) ** 2 for m in means) / (len(means) - 1) / len(means))
-
-
-def label_rows(metrics: dict[str, Any]) -> list[list[str]]:
-    """The label curve as text, header first: labels, scratch, pretrained, gain; and baselines and equivalence where there are any."""
-    baselines = {name: {n: [r["score"] for r in rows if r["labels"] == n] for n in {r["labels"] for r in rows}} for name, rows in metrics.get("baselines", {}).items()}
-    equivalents = {entry["labels"]: entry for entry in metrics.get("equivalence", [])}
-    table = [["labels", "scratch", "pretrained", "gain", *baselines, *(["equivalent"] if equivalents else [])]]
-    for row in metrics["summary"]:
-        n = row["labels"]
-        others = [_percent(statistics.spread(scores[n])) for scores in baselines.values()]
-        table.append(
-            [f"{n:,}", _percent(row["scratch"]), _percent(row["pretrained"]), _gain(row["gain"]), *others, *([statistics.in_words(equivalents[n])] if equivalents else [])]
-        )
-    return table
-
-
-def label_table(metrics: dict[str, Any]) -> str:
-    """`labels | scratch | pretrained | gain`, for a terminal and Markdown alike, and the verdict."""
-    header, *rows = ["| " + " | ".join(row) + " |" for row in label_rows(metrics)]
-    return "\n".join([header, "|" + "---:|" * len(label_rows(metrics)[0]), *rows, "", verdict(metrics)])
-
-
-def _quoted(value: Any) -> str:
-    """A value of a recipe; text in quotes where its ends would not be seen."""
-    return (repr(value) if isinstance(value, str) and value != value.strip() else str(value) or "''")[:80]
-
-
-def accepted_in_words(change: dict[str, Any]) -> str:
-    """What `--accept` let differ between the runs of a curve."""
-    told = "; ".join(f"{key} was {_quoted(then)}, is {_quoted(now)}" for key, (then, now) in change["changed"].items())
-    return f"the first {change['after']:,} runs were made otherwise: {told}"
-
-
-def leaks_in_words(leaks: dict[str, Any] | None) -> str:
-    """The leak check of a result as a sentence."""
-    if not leaks or not leaks["checked"]:
-        return f"not made: {leaks['reason'] if leaks else 'an older run'}"
-    short = f" ({leaks['short']:,} have fewer than {SHORTEST} words and were not looked for)" if leaks.get("short") else ""
-    return f"{leaks['leaked']:,} of {leaks['test_examples']:,} test examples share {GRAM} words in a row with the pretraining text{short}"
-
-
-def _rates(metrics: dict[str, Any]) -> str:
-    tuning = metrics.get("tuning")
-    if not tuning:
-        return f"{', '.join(f'{rate:g}' for rate in sorted({r.get('learning_rate', metrics['learning_rate']) for r in metrics['results']}))}, not tuned"
-    grid = sorted({t["learning_rate"] for t in tuning})
-    chosen = {(r["init"], r["labels"]): r["learning_rate"] for r in metrics["results"]}
-    picks = "; ".join(f"{init} " + ", ".join(f"{rate:g} ({n:,})" for (i, n), rate in sorted(chosen.items()) if i == init) for init in ("scratch", "pretrained"))
-    return f"of {', '.join(f'{r:g}' for r in grid)} by validation loss on the few labels of seed 0: {picks}"
-
-
-def _percent(value: dict[str, Any]) -> str:
-    return f"{100 * value['mean']:.1f}" + (f" ± {100 * value['std']:.1f}" if value["std"] is not None else "")
-
-
-def _gain(gain: dict[str, Any]) -> str:
-    text = f"{100 * gain['mean']:+.1f}"
-    return text if gain["interval"] is None else f"{text} [{100 * gain['interval'][0]:+.1f}, {100 * gain['interval'][1]:+.1f}]"
 
 
 def _machine(metrics: dict[str, Any]) -> list[tuple[str, str]]:
@@ -297,7 +196,7 @@ def _draw_labels(ax: Any, metrics: dict[str, Any]) -> None:
         ax.fill_between(x, [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)], color=colour, alpha=0.15, linewidth=0)
         ax.plot([n for n, _ in points], [100 * score for _, score in points], ".", color=colour, alpha=0.6)
     if metrics.get("majority"):
-        ax.axhline(100 * metrics["majority"], color="#999", linestyle=":", label=_trivial(metrics))
+        ax.axhline(100 * metrics["majority"], color="#999", linestyle=":", label=evidence.trivial_answer(metrics))
     ticks = sorted({n for points in curves.values() for n, _ in points})
     ax.set_xscale("log")
     named = ticks[:1]

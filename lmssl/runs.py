@@ -90,7 +90,7 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
     Raises:
         UserError, Stopped, Interrupted: see lmssl.errors.
     """
-    from lmssl import cards, report
+    from lmssl import cards, evidence
     from lmssl.tasks import curve, ledger
 
     values = arguments.resolve(recipe.trainer, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
@@ -114,7 +114,7 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
     resolved = {"task": {"name": task.name} | dataclasses.asdict(task), "data": dataclasses.asdict(recipe.data), "model": {"from": recipe.source}, "trainer": values}
     leaks = leak_check(recipe.source, runs.test)
     if not quiet and first:
-        log.info("to train on: %s; to test: %s; leak check: %s", curve.counted(runs.train), curve.counted(runs.test), report.leaks_in_words(leaks))
+        log.info("to train on: %s; to test: %s; leak check: %s", curve.counted(runs.train), curve.counted(runs.test), evidence.leaks_in_words(leaks))
     if first:
         _folder(out)
         output.write(out / "recipe.yaml", config.dump(output.plain(resolved)))

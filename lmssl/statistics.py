@@ -52,20 +52,26 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     scratch, pretrained = (table_of(results, init) for init in INITS)
     rows = []
     for labels in pretrained:
-        gains = np.array([pretrained[labels][s] - scratch[labels][s] for s in pretrained[labels]])
-        mean = float(gains.mean())
-        gain: dict[str, Any] = {"mean": mean, "error": None, "interval": None}
-        if len(gains) > 1:
-            error = float(gains.std(ddof=1) / math.sqrt(len(gains)))
-            gain |= {"error": error, "interval": interval(mean, error, len(gains))}
+        gain = _paired([pretrained[labels][s] - scratch[labels][s] for s in pretrained[labels]])
         rows.append({"labels": labels, "scratch": spread([*scratch[labels].values()]), "pretrained": spread([*pretrained[labels].values()]), "gain": gain})
     return rows
 
 
-def interval(mean: float, error: float, count: int) -> list[float]:
-    """The 95% t-interval of a mean of so many values, of its standard error."""
-    half = t_quantile(count - 1) * error
-    return [mean - half, mean + half]
+def mean_gain(results: Sequence[Result]) -> dict[str, Any]:
+    """The paired gain over the numbers of labels that both inits have, averaged; as in `summary`."""
+    scratch, pretrained = (table_of(results, init) for init in INITS)
+    seeds = sorted({s for row in pretrained.values() for s in row})
+    return _paired([float(np.mean([pretrained[n][s] - scratch[n][s] for n in pretrained])) for s in seeds])
+
+
+def _paired(gains: Sequence[float]) -> dict[str, Any]:
+    """Mean of a gain a seed, its standard error and 95% t-interval."""
+    mean = float(np.mean(gains))
+    if len(gains) < 2:
+        return {"mean": mean, "error": None, "interval": None}
+    error = float(np.std(gains, ddof=1) / math.sqrt(len(gains)))
+    half = t_quantile(len(gains) - 1) * error
+    return {"mean": mean, "error": error, "interval": [mean - half, mean + half]}
 
 
 def equivalence(results: Sequence[Result], draws: int = 2000) -> list[dict[str, Any]]:

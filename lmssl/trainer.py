@@ -117,7 +117,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
     @property
     def global_batch(self) -> int:
         """Items in one optimizer step over all ranks."""
-        return self.args.world_size * self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return arguments.global_batch(vars(self.args))
 
     def _refuse_parts(self) -> None:
         """Refuse what `accelerate launch` was told of a model in parts (decision 0020)."""

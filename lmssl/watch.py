@@ -39,7 +39,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.training, self.other, self.steps = 0.0, {"evaluation": 0.0, "saving": 0.0, "first_step": 0.0}, 0
+        self.training, self.other = 0.0, {"evaluation": 0.0, "saving": 0.0, "first_step": 0.0}
         self._since: float | None = None
 
     def start(self) -> None:

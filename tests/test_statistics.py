@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lmssl import report, statistics
+from lmssl import evidence, statistics
 
 
 def results_of(scratch, pretrained):
@@ -32,7 +32,8 @@ def test_further_counts_from_scratch_leave_the_verdict_alone():
     scratch, pretrained = {10: [0.5, 0.6], 100: [0.6, 0.7]}, {10: [0.65, 0.75], 100: [0.75, 0.85]}
     for more in ({}, {1000: [0.9, 0.9]}):
         results = results_of(scratch | more, pretrained)
-        assert report.mean_gain({"results": results, "summary": statistics.summary(results)}) == pytest.approx((0.15, 0.0), abs=1e-9)
+        gain = statistics.mean_gain(results)
+        assert (gain["mean"], gain["error"]) == pytest.approx((0.15, 0.0), abs=1e-9)
 
 
 def test_equivalence_on_a_known_curve():
@@ -72,7 +73,7 @@ def test_no_effect_is_no_gain():
     rng, claimed = np.random.default_rng(0), 0
     for _ in range(1000):
         results = results_of(*({n: rng.normal(0.6, 0.02, 3).tolist() for n in (20, 100, 500)} for _ in range(2)))
-        claimed += report.verdict({"task": "sentiment", "metric": "accuracy", "results": results, "summary": statistics.summary(results)}).startswith("Pretraining")
+        claimed += evidence.verdict({"task": "sentiment", "metric": "accuracy", "results": results, "summary": statistics.summary(results)}).startswith("Pretraining")
     assert claimed <= 45
 
 
@@ -87,13 +88,13 @@ def test_the_verdict_and_the_table_say_which_is_which():
         return {"task": "sentiment", "metric": "accuracy", "results": results, "summary": statistics.summary(results)}
 
     gained, lost = metrics([0.5, 0.6], [0.65, 0.75]), metrics([0.65, 0.75], [0.5, 0.6])
-    assert report.verdict(gained).startswith("Pretraining changes sentiment accuracy by +15.0 points on average (95% interval +15.0 to +15.0); ")
-    assert "are few" not in report.verdict(gained | {"test_examples": 100})
-    assert report.verdict(gained | {"test_examples": 12}).endswith("12 test examples are few: each is 8.3 points, and no interval over seeds counts them.")
-    assert report.verdict(gained | {"test_examples": 12, "metric": "bleu"}).endswith("12 test examples are few, and no interval over seeds counts them.")
-    assert report.verdict(lost).startswith("No gain shown: pretraining changes sentiment accuracy by -15.0 points")
+    assert evidence.verdict(gained).startswith("Pretraining changes sentiment accuracy by +15.0 points on average (95% interval +15.0 to +15.0); ")
+    assert "are few" not in evidence.verdict(gained | {"test_examples": 100})
+    assert evidence.verdict(gained | {"test_examples": 12}).endswith("12 test examples are few: each is 8.3 points, and no interval over seeds counts them.")
+    assert evidence.verdict(gained | {"test_examples": 12, "metric": "bleu"}).endswith("12 test examples are few, and no interval over seeds counts them.")
+    assert evidence.verdict(lost).startswith("No gain shown: pretraining changes sentiment accuracy by -15.0 points")
     results = results_of({10: [0.6, 0.61, 0.6], 20: [0.6, 0.61, 0.6]}, {10: [0.55, 0.56, 0.551], 20: [0.7, 0.71, 0.701]})
     mixed = {"task": "sentiment", "metric": "accuracy", "results": results, "summary": statistics.summary(results)}
-    assert report.verdict(mixed).endswith("is above zero at 1 of 2 label counts, below it at 1.")
-    assert "below it at 2" in report.verdict(mixed | {"summary": [mixed["summary"][0]] * 2, "results": results_of({10: [0.6, 0.61, 0.6]}, {10: [0.55, 0.56, 0.551]})})
-    assert report.label_rows(gained)[:2] == [["labels", "scratch", "pretrained", "gain"], ["10", "55.0 ± 7.1", "70.0 ± 7.1", "+15.0 [+15.0, +15.0]"]]
+    assert evidence.verdict(mixed).endswith("is above zero at 1 of 2 label counts, below it at 1.")
+    assert "below it at 2" in evidence.verdict(mixed | {"summary": [mixed["summary"][0]] * 2, "results": results_of({10: [0.6, 0.61, 0.6]}, {10: [0.55, 0.56, 0.551]})})
+    assert evidence.label_rows(gained)[:2] == [["labels", "scratch", "pretrained", "gain"], ["10", "55.0 ± 7.1", "70.0 ± 7.1", "+15.0 [+15.0, +15.0]"]]

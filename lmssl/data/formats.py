@@ -288,7 +288,7 @@ def table(stream: IO[bytes], path: str, delimiter: str, headless: bool, bad: Bad
             header = [name.strip() for name in row]
             if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), None)):
                 means = "a comma (.csv)" if delimiter == "," else "a tab (.tsv)"
-                raise UserError(f"{path}:{begin}: the columns seem to be divided by {other!r}; what divides them here is {means}; .jsonl has no such choice (docs/tasks.md)")
+                raise UserError(f"{path}:{begin}: the columns seem to be divided by {other!r}; what divides them here is {means}; .jsonl has no such choice")
             if len(set(header)) < len(header):
                 raise UserError(f"{path}:{begin}: the header names a column twice: {', '.join(header)}")
             continue

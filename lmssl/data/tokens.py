@@ -18,6 +18,7 @@ import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,8 @@ def _nothing_to_train_on(sources: list[dict[str, Any]], held_back: int, leaks: i
     if bad and bad.count:
         return UserError(f"data.text: {bad.count:,} bad records, and no other document to train on: {bad.first[0]}")
     if leaks:
-        return UserError(f"data.decontaminate: {leaks:,} documents share 13 words in a row with the tests, and none is left to train on (smaller documents: FILE::paragraph)")
+        way_out = "and none is left to train on (smaller documents: FILE::paragraph)"
+        return UserError(f"data.decontaminate: {leaks:,} documents share {contamination.GRAM} words in a row with the tests, {way_out}")
     names, why = ", ".join(s["path"] for s in sources[:3]), "the only one is held out" if held_back == 1 else f"all {held_back:,} are held out"
     way_out = f": {why} (a smaller data.held_out; a .txt file as several documents: FILE::paragraph)" if held_back else "; is the text empty?"
     return UserError(f"data.text: {names}{': ' if names else ''}no document to train on{way_out}")
@@ -394,7 +396,7 @@ class TokenSet:
             yield from backend.decode_batch([block[a:b].tolist() for a, b in pairwise(cuts)], skip_special_tokens=True)
             at = until
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made it."""
         return tokenization.load(self.folder / "tokenizer")

@@ -98,7 +98,7 @@ class Objective(Protocol):
         ...
 
     def held_out(self) -> Objective:
-        """The same objective at the fixed rate that held-out loss is always measured with."""
+        """The objective that held-out loss is measured with: of masked tokens always 15%, so that runs at other rates compare; of the others the same."""
         ...
 
     def __call__(self, row: Row, vocab: Vocab, rng: np.random.Generator) -> Arrays:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmssl import checkpoints, output
+from lmssl import checkpoints, models, output
 from lmssl.errors import UserError, written
 from lmssl.ranks import processes
 from lmssl.tasks.base import Backbone, Task
@@ -68,8 +68,7 @@ def _weights(backbone: Backbone) -> str:
 
 def _settings(backbone: Backbone) -> str:
     """sha256 of what else a folder's models are made of: the configuration, but for who wrote it, and the tokenizer."""
-    config = {k: v for k, v in backbone.config.to_dict().items() if k not in ("transformers_version", "_name_or_path", "architectures", "dtype")}
-    said = json.dumps(config, sort_keys=True, default=str) + backbone.tokenizer.backend.to_str()
+    said = models.settings(backbone.config) + backbone.tokenizer.backend.to_str()
     return "sha256 " + hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
