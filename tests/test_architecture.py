@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -195,3 +196,19 @@ def test_nothing_names_this_machine():
     for path in ROOT.rglob("*"):
         if path.suffix in (".py", ".md", ".yaml", ".toml") and not any(part.startswith(".venv") or part in ("runs", ".git") for part in path.parts):
             assert "/work/" + "main" not in path.read_text(), path
+
+
+def test_the_oldest_versions_are_those_that_are_declared():
+    """`make test-oldest` installs the floor of every range that pyproject.toml gives."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {}
+    for line in sum(project["optional-dependencies"].values(), project["dependencies"]):
+        if found := re.fullmatch(r"([\w-]+)(?:>=|==)([\d.]+)", line):
+            declared[found[1]] = found[2]
+    pinned = dict(line.split("==") for line in (ROOT / "tests" / "constraints-oldest.txt").read_text().split())
+    tools = {"ruff", "mypy", "pre-commit"}  # `make check` runs them, the tests do not
+    for name in declared.keys() - tools:
+        floor, pin = ([*map(int, version.split("."))] for version in (declared[name], pinned[name]))
+        assert floor == pin[: len(floor)], name
+        assert not any(pin[len(floor) :]), name
+    assert pinned.keys() == declared.keys() - tools
