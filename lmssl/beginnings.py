@@ -59,7 +59,7 @@ def begin_from_text(model: Any, tokens: TokenSet, seed: int = 0) -> None:
     if getattr(head, "bias", None) is not None:
         share = (total + 0.5) / (total + 0.5).sum()
         head.bias.copy_((share * len(share)).log())
-    log.info("embeddings begin by the company that tokens keep: %.1f s", time.perf_counter() - begun)
+    log.info("embeddings initialised from co-occurrence counts: %.1f s", time.perf_counter() - begun)
 
 
 def cooccurrences(tokens: TokenSet, size: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 Any dataclass is a schema: `build(cls, mapping, where)` checks the keys (with a suggestion for a near miss), converts
 each value to the field's annotation with pydantic, and calls the class, whose own `ValueError` becomes a refusal
-that names the recipe key. lmssl's sections, objectives and transformers' `TrainingArguments` all go through it.
+that names the recipe key. lmssl's sections and objectives go through it; the trainer section, which is transformers' `TrainingArguments` with
+fields of ours, through `lmssl.arguments.resolve`, with the same checks.
 """
 
 import dataclasses

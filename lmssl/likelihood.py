@@ -28,7 +28,7 @@ TIE = 1e-5
 TOKENS = 2**14
 """Input tokens of one batch, padding included."""
 
-Row = tuple[list[int], list[int], int, int]
+Query = tuple[list[int], list[int], int, int]
 """(input ids, decoder ids or [], position whose logits are read, token looked up) of one question to the model."""
 
 
@@ -48,7 +48,7 @@ def log_likelihoods(model: Any, family: Family, ids: Sequence[np.ndarray], vocab
         UserError: a tokenizer without the mask or sentinel that this family needs.
     """
     model.eval()
-    rows: list[Row] = []
+    rows: list[Query] = []
     owners: list[int] = []
     make = {"decoder": _causal, "encoder": _masked, "encoder-decoder": _sentinel if by == "sentinel" else _infilled}[family]
     for number, text in enumerate(ids):
@@ -66,7 +66,7 @@ def log_likelihoods(model: Any, family: Family, ids: Sequence[np.ndarray], vocab
     return totals
 
 
-def _score(model: Any, rows: list[Row], pad: int, causal: bool) -> np.ndarray:
+def _score(model: Any, rows: list[Query], pad: int, causal: bool) -> np.ndarray:
     inputs = _padded([r[0] for r in rows], pad, model.device)
     if rows[0][1]:
         inputs["decoder_input_ids"] = _padded([r[1] for r in rows], pad, model.device)["input_ids"]
@@ -91,11 +91,11 @@ def _around(vocab: Vocab) -> list[int]:
     return [] if vocab.bos is None else [vocab.bos]
 
 
-def _causal(text: list[int], vocab: Vocab) -> list[Row]:
+def _causal(text: list[int], vocab: Vocab) -> list[Query]:
     return [([vocab.eos if vocab.bos is None else vocab.bos, *text], [], 0, 0)]
 
 
-def _masked(text: list[int], vocab: Vocab) -> list[Row]:
+def _masked(text: list[int], vocab: Vocab) -> list[Query]:
     if vocab.mask is None:
         raise UserError("the tokenizer has no mask token, which the pseudo-likelihood of an encoder needs")
     whole = [*_around(vocab), *text, vocab.eos]
@@ -103,14 +103,14 @@ def _masked(text: list[int], vocab: Vocab) -> list[Row]:
     return [([*whole[:i], vocab.mask, *whole[i + 1 :]], [], i, whole[i]) for i in range(first, len(whole) - 1)]
 
 
-def _sentinel(text: list[int], vocab: Vocab) -> list[Row]:
+def _sentinel(text: list[int], vocab: Vocab) -> list[Query]:
     if not len(vocab.sentinels):
         raise UserError("the tokenizer has no sentinels, which the pseudo-likelihood of this model needs")
     sentinel, begin = int(vocab.sentinels[0]), _around(vocab)
     return [([*begin, *text[:i], sentinel, *text[i + 1 :], vocab.eos], [vocab.start, sentinel], 1, token) for i, token in enumerate(text)]
 
 
-def _infilled(text: list[int], vocab: Vocab) -> list[Row]:
+def _infilled(text: list[int], vocab: Vocab) -> list[Query]:
     if vocab.mask is None:
         raise UserError("the tokenizer has no mask token, which the pseudo-likelihood of this model needs")
     begin = _around(vocab)

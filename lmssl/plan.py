@@ -177,10 +177,18 @@ def cost(wanted: PretrainRecipe) -> Cost:
     step = statistics.median(timed[min(WARM, done - 1) :])
     memory = torch.accelerator.max_memory_allocated() if trainer.args.device.type == "cuda" else machine.most_memory()
     total = trainer.args.max_steps
+    rows = trainer.train_dataset.rows
     return Cost(
-        models.parameters(trainer.model), total, round(trainer.tokens_seen * trainer.args.world_size / done * total), total * trainer.global_batch / trainer.train_dataset.rows,
-        step, timed[0], trainer.peak_share(1, step), memory, runs.data_in_words(trainer.train_dataset.tokens, trainer.train_dataset.rows),
-    )  # fmt: skip
+        parameters=models.parameters(trainer.model),
+        steps=total,
+        tokens=round(trainer.tokens_seen * trainer.args.world_size / done * total),
+        epochs=total * trainer.global_batch / rows,
+        step_seconds=step,
+        first_seconds=timed[0],
+        peak_share=trainer.peak_share(1, step),
+        memory=memory,
+        text=runs.data_in_words(trainer.train_dataset.tokens, rows),
+    )
 
 
 def curve_cost(wanted: FinetuneRecipe) -> CurveCost:

@@ -428,7 +428,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             )
         at = next((k for k, folder in enumerate(beside) if resume and folder.samefile(resume)), 0)
         if newer := ", ".join(folder.name for folder in beside[:at]):
-            log.warning("%s: newer checkpoints lie beside it (%s), of all of which the newest are kept and resumed; move them elsewhere to go back for good", resume, newer)
+            log.warning("%s: newer checkpoints lie beside it (%s), which the next --resume takes; move them elsewhere to go back for good", resume, newer)
         with self.guard.signals():
             try:
                 with fitting("a training step", self.fewer_rows, self.stopped):

@@ -265,7 +265,7 @@ def test_accept_goes_with_resume(tmp_path, capsys):
     recipe.write_text("data: {text: x.jsonl, tokenizer: t, seq_length: 32}\nmodel: {architecture: bert}\nobjective: {name: masked}\ntrainer: {output_dir: out, max_steps: 1}\n")
     for more in ([], ["--overwrite"]):
         assert run(["pretrain", str(recipe), "--accept", "seed", *more]) == 2
-        assert "--accept: seed: goes with --resume" in capsys.readouterr().err
+        assert "--accept seed: means something with --resume alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["unigram", "wordpiece"])

@@ -131,7 +131,7 @@ def test_the_saved_tokenizer_makes_the_same_inputs(backbones, tmp_path):
     for family, backbone in backbones.items():
         for keep in ("start", "end"):
             task = Sentiment(keep=keep)
-            task.finish(backbone, None).save(tmp_path / family / keep)
+            task.finish(backbone).save(tmp_path / family / keep)
             plain = transformers.AutoTokenizer.from_pretrained(tmp_path / family / keep)
             assert plain(texts, truncation=True)["input_ids"] == ids_of(task, backbone, *(Labelled(t, "0", "") for t in texts)), (family, keep)
             spelt = "It ended. </s> and <mask> more"
@@ -150,7 +150,7 @@ def test_a_long_pair_is_cut_as_plain_transformers_cuts_it(family, cue, backbones
     older = tuple(map(int, tokenizers.__version__.split(".")[:3])) < (0, 23, 3)  # gives an odd token to the shorter text where both are far too long
     for length in (31, 32):
         backbone = dataclasses.replace(backbones[family], length=length)
-        task.finish(backbone, None).save(tmp_path / str(length))
+        task.finish(backbone).save(tmp_path / str(length))
         plain = transformers.AutoTokenizer.from_pretrained(tmp_path / str(length))
         for first in range(1, 20, 2):
             for second in range(1, 20, 2):
@@ -188,13 +188,13 @@ def test_a_cue_and_a_separator_are_what_they_are_behind_a_text(kind, tmp_path):
     backbone = Backbone.load(str(tmp_path / "backbone"), 24, ["0", "1"])
     texts = ["the film was good.", "a plot ", sentences(1, seed=2)[0] * 4]
     task = Sentiment(cue=" Overall, it was")
-    task.finish(backbone, None).save(tmp_path / "tuned")
+    task.finish(backbone).save(tmp_path / "tuned")
     plain = transformers.AutoTokenizer.from_pretrained(tmp_path / "tuned")
     assert plain([f"{text}{task.cue}" for text in texts], truncation=True)["input_ids"] == ids_of(task, backbone, *(Labelled(t, "0", "") for t in texts))
     pair, backbone = Sentiment(text_a="a", text_b="b", cue=task.cue), dataclasses.replace(backbone, length=40)
     assert plain("a film", f"a plot{task.cue}")["input_ids"] == ids_of(pair, backbone, Labelled("a film", "0", "", "a plot"))[0]
     for separator in (" =>", " to: "):
-        Translation(separator=separator).finish(backbone, None).save(tmp_path / "writer")
+        Translation(separator=separator).finish(backbone).save(tmp_path / "writer")
         plain = transformers.AutoTokenizer.from_pretrained(tmp_path / "writer")
         made = generation.prompts(backbone, texts, separator, 24)
         assert plain([f"{text}{separator}" for text in texts[:2]])["input_ids"] == [row.tolist() for row in made[:2]]
@@ -227,7 +227,7 @@ def test_a_trained_head_is_not_replaced_by_the_answers(backbones, tmp_path):
     with torch.no_grad():
         model.score.weight.normal_()
     model.save_pretrained(tmp_path)
-    task.finish(backbones["decoder"], model).save(tmp_path)
+    task.finish(backbones["decoder"]).save(tmp_path)
     (tmp_path / "recipe.yaml").write_text(json.dumps({"task": {"name": "sentiment"} | dataclasses.asdict(task)}))
     _, _, loaded = predict.load(str(tmp_path), None)
     assert torch.equal(loaded.score.weight.cpu(), model.score.weight)

@@ -73,6 +73,9 @@ class Objective(Protocol):
 
     To add one, write a dataclass with these members (see docs/extending.md); a recipe reaches it by
     `objective: {name: "package.module:Class", ...}` without a change here.
+
+    It may also have `doubt(model_length, vocab) -> str | None`: what a run warns of before it begins, where its settings do not suit
+    the rows or the tokenizer.
     """
 
     families: ClassVar[frozenset[Family]]

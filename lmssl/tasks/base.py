@@ -143,7 +143,7 @@ class Task(ABC):
         """What `lmssl predict` writes of each example."""
 
     @abstractmethod
-    def finish(self, backbone: Backbone, model: PreTrainedModel) -> Tokenizer:
+    def finish(self, backbone: Backbone) -> Tokenizer:
         """The tokenizer to save with a fine-tuned model, so that plain transformers makes the same inputs."""
 
     def fitted(self, train: Sequence[Any], test: Sequence[Any]) -> Any:

@@ -401,7 +401,7 @@ class Curve:
     def _save(self, model: PreTrainedModel) -> None:
         with written(f"the model in {self.out}"):
             model.save_pretrained(self.out)
-            self.task.finish(self.backbone, model).save(self.out)
+            self.task.finish(self.backbone).save(self.out)
             for path in self.out.glob("*.safetensors"):
                 checkpoints.sync(path)
 

@@ -232,7 +232,7 @@ class QuestionAnswering(Task):
         folder.mkdir(parents=True, exist_ok=True)
         output.write_json(folder / f"{name}.json", {e.id: answer for e, answer in zip(examples, outputs, strict=True)})
 
-    def finish(self, backbone: Backbone, model: PreTrainedModel) -> Tokenizer:
+    def finish(self, backbone: Backbone) -> Tokenizer:
         decoder = backbone.family == "decoder"
         writes = self.writes(backbone)
         return backbone.tokenizer.for_inputs(backbone.length, closing=not (decoder and writes), padding_side="left" if decoder and writes else "right")

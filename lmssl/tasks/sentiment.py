@@ -230,7 +230,7 @@ class Sentiment(Task):
         super().write_outputs(folder, name, examples, outputs)
         output.write(folder / "examples.jsonl", "".join(json.dumps({"where": e.where, "label": e.label}) + "\n" for e in examples))
 
-    def finish(self, backbone: Backbone, model: PreTrainedModel) -> Tokenizer:
+    def finish(self, backbone: Backbone) -> Tokenizer:
         """Decoders are given no closing eos; a long text is cut on the side that the training cut."""
         side = "right" if self.keep == "start" else "left"
         return backbone.tokenizer.for_inputs(backbone.length, side, closing=backbone.family != "decoder", special=self._spelt(backbone))

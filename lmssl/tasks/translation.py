@@ -120,7 +120,7 @@ class Translation(Task):
         super().check_packages()
         _metrics()
 
-    def finish(self, backbone: Backbone, model: PreTrainedModel) -> Tokenizer:
+    def finish(self, backbone: Backbone) -> Tokenizer:
         decoder = backbone.family == "decoder"
         return backbone.tokenizer.for_inputs(backbone.length, closing=not decoder, padding_side="left" if decoder else "right")
 
