@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,10 +45,12 @@ def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) 
     known_by_recipe = bool(sections)
     sections = config.apply_overrides({"task": sections.get("task", {"name": task_name})}, overrides, ("task",))
     task, backbone = make_task(sections["task"]), Backbone.load(checkpoint)
-    known = backbone.tokenizer.settings.get("model_max_length") or 0
-    known = min(known, models.max_length(backbone.config) or known) if known < 10**6 else 0  # transformers' word for no limit is 1e30
-    names = getattr(backbone.config, "id2label", None) if task.classes else None
-    backbone = Backbone.load(checkpoint, known or None, [names[i] for i in sorted(names)] if names else ())
+    length = backbone.tokenizer.settings.get("model_max_length") or 0
+    if 0 < length < 10**6:  # transformers' word for no limit is 1e30
+        backbone = dataclasses.replace(backbone, length=min(length, models.max_length(backbone.config) or length))
+    if task.classes:
+        names = getattr(backbone.config, "id2label", None) or {}
+        backbone = dataclasses.replace(backbone, classes=tuple(names[i] for i in sorted(names)))
     kind = "regression" if task.classes and len(backbone.classes) < 2 else getattr(backbone.config, "problem_type", None)
     if what := task.classes and {"regression": "a number", "multi_label_classification": "any number of classes"}.get(kind or ""):
         raise UserError(f"{checkpoint}: answers with {what}, not with one of several classes; transformers' pipeline reads it as it was trained")
