@@ -31,11 +31,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"lmssl {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, run: Callable[[argparse.Namespace], None], text: str, recipe: str = "") -> argparse.ArgumentParser:
+    def verb(name: str, run: Callable[[argparse.Namespace], None], text: str, first: str = "") -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
-        if recipe:
-            sub.add_argument("recipe", metavar=recipe)
+        if first:
+            sub.add_argument(first.lower(), metavar=first)
             sub.add_argument("overrides", nargs="*", metavar="FILE or task.key=value" if name == "predict" else "section.key=value")
         return sub
 
@@ -301,7 +301,7 @@ def _predict(options: argparse.Namespace) -> None:
     _silence_transformers()
     overrides = [item for item in options.overrides if item.startswith("task.") and "=" in item]
     files = [item for item in options.overrides if item not in overrides]
-    rows = predict.predict(options.recipe, files, task_name=options.task, overrides=overrides, batch=options.batch, quiet=not files)
+    rows = predict.predict(options.checkpoint, files, task_name=options.task, overrides=overrides, batch=options.batch, quiet=not files)
     predict.write(rows, Path(options.out) if options.out else None)
 
 
@@ -312,16 +312,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.pairs:
         if options.overrides:
             raise UserError(f"--pairs: '{options.overrides[0]}' would change nothing there; leave it out")
-        found = scoring.minimal_pairs(options.recipe, options.pairs)
+        found = scoring.minimal_pairs(options.checkpoint, options.pairs)
         right, mean = 100 * found["accuracy"], 100 * found["mean_by_phenomenon"]
         print(f"{right:.2f}% of {found['pairs']:,} minimal pairs right ({found['ties']} ties counted as half); mean of the phenomena {mean:.2f}%")
         return
-    if scoring.is_fine_tuned(options.recipe):
-        metric, scores = scoring.evaluate_task(options.recipe, options.overrides)
+    if scoring.is_fine_tuned(options.checkpoint):
+        metric, scores = scoring.evaluate_task(options.checkpoint, options.overrides)
         shown = [metric, *(name for name, value in scores.items() if isinstance(value, float) and name != metric)]
         print(", ".join(f"{name} {100 * scores[name]:.2f}" for name in shown) + f" of 100 on {scores['test_examples']:,} examples")
         return
-    found = scoring.evaluate(options.recipe, options.overrides)
+    found = scoring.evaluate(options.checkpoint, options.overrides)
     print(f"held-out loss {found['loss']:.6f}, {found['bits_per_byte']:.6f} bits per byte")
 
 
