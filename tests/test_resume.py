@@ -414,7 +414,7 @@ def test_going_back_to_an_older_checkpoint_is_warned_of(shared_dir, tmp_path, ca
     trainer_of("bert", tokens, tmp_path, **keys).run()
     trainer = trainer_of("bert", tokens, tmp_path, **keys)
     trainer.run(tmp_path / "checkpoint-2")
-    assert "checkpoint-2: newer checkpoints lie beside it (checkpoint-3), of all of which the newest are kept" in caplog.text
+    assert "checkpoint-2: newer checkpoints lie beside it (checkpoint-3), which the next --resume takes" in caplog.text
 
 
 def test_what_is_timed_is_what_counts(shared_dir, tmp_path):

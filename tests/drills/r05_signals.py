@@ -19,7 +19,7 @@ def finetuning(folder: Path, backbone: Path, out: Path) -> Path:
     path = folder / f"{out.name}.yaml"
     path.write_text(
         f"task: {{name: sentiment, labels: [40], seeds: 2}}\ndata: {{train: {folder / 'labelled.jsonl'}, test: 20, max_length: 32}}\nmodel: {{from: {backbone}}}\n"
-        f"trainer: {{output_dir: {out}, max_steps: {STEPS}, save_steps: 10, per_device_train_batch_size: 4, bf16: false, logging_strategy: steps, logging_steps: 1}}\n"
+        f"trainer: {{output_dir: {out}, max_steps: {STEPS}, save_steps: 10, per_device_train_batch_size: 4, bf16: false}}\n"
     )
     return path
 

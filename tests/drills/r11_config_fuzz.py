@@ -56,7 +56,7 @@ def bases(folder: Path) -> list[tuple[str, dict[str, dict[str, Any]]]]:
     ):
         data = {"text": text, "tokenizer": tokenizer, "seq_length": 32, "held_out": 0.1, "on_bad_record": "stop", "decontaminate": False}
         found.append(("pretrain", {"data": data, "model": {"architecture": architecture, **keys}, "objective": {"name": name, **more}, "trainer": trainer}))
-    tuning = {k: v for k, v in trainer.items() if k not in ("seed", "optimizer")}
+    tuning = {k: v for k, v in trainer.items() if k not in ("seed", "optimizer", "logging_steps")}
     task = {"labels": [8], "seeds": 1, "learning_rates": [], "validation": 0.25, "method": "full", "scratch_labels": []}
     for name, columns, family in (
         ("sentiment", {"text": "text", "label": "label"}, "encoder"),
