@@ -20,6 +20,14 @@ FIRST = (0, 3, 5)
 """The version that was tried; 0.3.2 makes other ids where a list joins tokens in more ways than one."""
 
 
+PATTERNS = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+"""Of GPT-2, Llama 3 and Qwen2. Others are not read alike by both libraries: combining marks are no part of fastokens' `\\w`."""
+
+
 def alphabet() -> dict[str, int]:
     """The letter that a byte-level vocabulary writes for each byte -> the byte.
 
@@ -47,7 +55,7 @@ def encoder(backend: Any) -> Any | None:
 
 
 def _plain(spec: dict[str, Any]) -> bool:
-    """Whether text is split (by ByteLevel's own pattern, or one that stands before it), written as bytes and merged, and nothing else."""
+    """Whether text is split (by ByteLevel's own pattern, or one of `PATTERNS` before it), written as bytes and merged, and nothing else."""
     model, steps = spec["model"], spec["pre_tokenizer"] or {}
     *before, last = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
     unusual = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "fuse_unk")
@@ -55,7 +63,7 @@ def _plain(spec: dict[str, Any]) -> bool:
         return False
     if last.get("type") != "ByteLevel" or last["add_prefix_space"] or len(before) > 1 or bool(before) == last.get("use_regex", True):
         return False
-    split = all(s.get("type") == "Split" and s["behavior"] == "Isolated" and not s["invert"] and "Regex" in s["pattern"] for s in before)
+    split = all(s.get("type") == "Split" and s["behavior"] == "Isolated" and not s["invert"] and s["pattern"].get("Regex") in PATTERNS for s in before)
     return split and alphabet().keys() <= model["vocab"].keys()
 
 

@@ -50,7 +50,7 @@ def prepare(model: PreTrainedModel, kernel: bool = False) -> PreTrainedModel:
 @torch.no_grad()
 def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int, kernel: bool = False) -> None:
     """Refuse an architecture in which documents packed into one row see each other: other tokens in the first of two
-    documents must leave what is predicted in the second as it is.
+    documents must leave what is predicted in the second as it is. Of a decoder also one whose tokens see later ones.
 
     Args:
         model: prepared.
@@ -61,21 +61,25 @@ def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int, kernel
     Raises:
         UserError: they see each other, or the architecture takes no mask of who may see whom.
     """
-    half, kind = min(8, seq_length // 2), model.config.model_type
+    half, kind, family = min(8, seq_length // 2), model.config.model_type, family_of(model.config)
     if str(getattr(model.config, "_attn_implementation", "")).startswith("flash") and model.device.type == "cpu":
         return
-    draw = np.random.default_rng(0).choice(vocab.ordinary, (2, 2 * half))
+    draw = np.random.default_rng(0).choice(vocab.ordinary, (3, 2 * half))
+    draw[1, half:] = draw[0, half:]  # another first document
+    draw[2, :-1] = draw[0, :-1]  # another last token
     ids = torch.from_numpy(draw.astype(np.int64)).to(model.device)
-    ids[1, half:] = ids[0, half:]
-    segments = torch.tensor([[1] * half + [2] * half] * 2, device=model.device)
-    more = {"decoder_input_ids": ids, "decoder_segments": segments} if family_of(model.config) == "encoder-decoder" else {}
-    more |= {"borders": torch.arange(0, 4 * half + 1, half, dtype=torch.int32, device=model.device)} if kernel else {}
+    segments = torch.tensor([[1] * half + [2] * half] * 3, device=model.device)
+    more = {"decoder_input_ids": ids, "decoder_segments": segments} if family == "encoder-decoder" else {}
+    more |= {"borders": torch.arange(0, 6 * half + 1, half, dtype=torch.int32, device=model.device)} if kernel else {}
     try:
         with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=kernel):
-            logits = model(input_ids=ids, segments=segments, **more).logits[:, half:].float()
+            logits = model(input_ids=ids, segments=segments, **more).logits.float()
     except Exception as error:
         raise UserError(f"model.architecture: '{kind}' cannot be told which tokens may see each other: {said(error, 200)}") from error
-    if (logits[0] - logits[1]).abs().max() > 1e-4 * logits.abs().max():
+    little = 1e-4 * logits.abs().max()
+    if family == "decoder" and (logits[0, :-1] - logits[2, :-1]).abs().max() > little:
+        raise UserError(f"model: tokens see later ones in this '{kind}' (bidirectional attention), so there is nothing to predict; next_token needs a causal decoder")
+    if (logits[0, half:] - logits[1, half:]).abs().max() > little:
         raise UserError(
             f"model.architecture: documents packed into one row see each other in '{kind}' (transformers {transformers.__version__} reads their borders from no input there); "
             "take another architecture, for example llama, bert or t5"

@@ -185,6 +185,7 @@ def build(section: Mapping[str, Any], vocab: Vocab, objective: Objective, seq_le
     config.vocab_size = vocab.size
     try:
         _set_ids(config, family, vocab)
+        _check_ids(config, section)
         _set_positions(config, AUTO[family], section, needed)
         for name, value in _whole_attention(config).items():
             setattr(config, name, value)
@@ -229,6 +230,8 @@ def attention(length: int, config: PretrainedConfig, section: Mapping[str, Any] 
     """`attn_implementation` for rows of a length: the section's own; plain matrix products on a CPU for short rows, where the fused kernel
     takes longer, and for T5, whose trained biases it does not take (docs/decisions/0012); else what transformers chooses."""
     if "attn_implementation" in section:
+        if section["attn_implementation"] == "flex_attention" and not torch.accelerator.is_available():
+            raise UserError("model.attn_implementation: flex_attention cannot be trained on a CPU (PyTorch has no backward pass for it); leave it out")
         return {"attn_implementation": section["attn_implementation"]}
     plain = length <= SHORT_ROW or config.model_type in RELATIVE
     return {"attn_implementation": "eager"} if plain and not torch.accelerator.is_available() else {}
@@ -248,6 +251,13 @@ def _set_ids(config: PretrainedConfig, family: Family, vocab: Vocab) -> None:
         config.decoder_start_token_id = vocab.start
         if hasattr(config, "forced_eos_token_id"):
             config.forced_eos_token_id = None
+
+
+def _check_ids(config: PretrainedConfig, section: Mapping[str, Any]) -> None:
+    """Refuse special ids of a recipe's own that are not the tokenizer's."""
+    for name, value in section.items():
+        if name.endswith("_token_id") and value is not None and value != getattr(config, name, None):
+            raise UserError(f"model.{name}: {value}, but the tokenizer says {getattr(config, name, None)}; leave it out")
 
 
 def _set_positions(config: PretrainedConfig, auto: Any, section: Mapping[str, Any], needed: int) -> None:

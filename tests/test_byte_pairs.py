@@ -143,18 +143,19 @@ def split_by(pattern):
 
 
 @pytest.mark.parametrize(
-    "pattern",
-    [
-        r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]+",
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        r" ?[^(\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+",
-    ],
-    ids=["digits", "Llama 3", "BLOOM"],
+    "pattern", [r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]+", r" ?[^(\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+", r"\w+|[^\w\s]+|\s+"], ids=["digits", "BLOOM", "words"]
 )
+def test_a_pattern_that_was_not_tried(pattern):
+    """Is left to the tokenizers library: the two take other characters for `\\w`."""
+    assert byte_pairs.encoder(backend([("a", "b")], pre_tokenizer=split_by(pattern))) is None
+
+
+@pytest.mark.parametrize("pattern", byte_pairs.PATTERNS, ids=["GPT-2", "Llama 3", "Qwen2"])
 def test_a_pattern_of_its_own(pattern):
-    """In front of ByteLevel; of BLOOM's matches punctuation stands between, which is kept."""
+    """In front of ByteLevel."""
     made = backend([("a", "b"), ("1", "2"), ("12", "3"), ("123", "4")], pre_tokenizer=split_by(pattern))
     texts = ["abab 12345 ab!!", "1234a", "ab, ab.\nab", "It's\r\n\n  THEY'LL  \u2026\u3002 \u00e9\u0301 \U0001f600", ""]
+    texts += ["\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902", "a\u180eb \u180e c", "\u24b6 \u24d0'\u017f'S \u2028\u2029\x85 \x1c"]
     assert byte_pairs.encoder(made) is not None
     assert quick(texts, made) == slow(texts, made)
     tokenizer = tokenization.Tokenizer(made, {"eos": "a"}, [])

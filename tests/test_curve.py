@@ -239,3 +239,18 @@ def test_pairs_about_a_few_topics_are_split_by_both_texts(tmp_path, caplog):
     assert (len(left), len(held)) == (48, 12)
     assert {e.text for e in held} == {"topic 0", "topic 1"}
     assert base.Example("one text", "", "").group() == Labelled("one text", "", "").group(), "as pretraining holds texts out"
+
+
+@pytest.mark.parametrize("test", [0.2, 40])
+@pytest.mark.parametrize("name", ["sentiment", "translation", "qa"])
+def test_what_differs_from_a_test_text_in_white_space_is_not_trained_on(name, test, tmp_path):
+    rows = []
+    for n in range(100):
+        for text in (f"film number {n}", f"film number {n} "):
+            question = {"context": text, "question": f"which of {len(rows)}?", "answers": {"text": ["film"], "answer_start": [0]}, "id": f"q{len(rows)}"}
+            rows.append({"text": text, "label": n % 2, "source": text, "target": "x"} | question)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, held = curve.labelled(make_task({"name": name}), str(tmp_path / "rows.jsonl"), test)
+    assert held
+    assert train
+    assert not {" ".join(e.group().split()) for e in train} & {" ".join(e.group().split()) for e in held}

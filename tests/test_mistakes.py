@@ -8,13 +8,15 @@ import shutil
 
 import pytest
 
-from lmssl import arguments
+from lmssl import PretrainTrainer, arguments, models
 from lmssl.cli import run
 from lmssl.config import apply_overrides
 from lmssl.errors import UserError, said
+from lmssl.objectives import NextToken
 from lmssl.tasks import curve
 from lmssl.tasks.sentiment import Sentiment
-from tests.helpers import sentences
+from tests import helpers
+from tests.helpers import sentences, small_model, token_set
 from tests.test_trainer import recipe_of
 
 
@@ -313,3 +315,29 @@ def test_a_folder_may_be_called_by_a_number():
 def test_no_labelled_example_is_said():
     with pytest.raises(UserError, match=r"data\.train: no labelled example"):
         curve.check(Sentiment(), [], [])
+
+
+def test_a_decoder_that_sees_what_comes_is_refused(tmp_path):
+    """There is nothing to predict for it; what makes it see is one flag of its configuration."""
+    tokens = token_set(tmp_path)
+    section = {"architecture": "gemma3_text", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    for seeing in (False, True):
+        model = models.build(section | {"use_bidirectional_attention": seeing}, tokens.vocab(), NextToken(), 32, 0)
+        if seeing:
+            with pytest.raises(UserError, match="tokens see later ones in this 'gemma3_text'"):
+                PretrainTrainer(model, NextToken(), tokens, helpers.arguments(tmp_path / "out"), 32, quiet=True)
+        else:
+            PretrainTrainer(model, NextToken(), tokens, helpers.arguments(tmp_path / "out"), 32, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"pad_token_id": 7}, "model.pad_token_id: 7, but the tokenizer says 0; leave it out"),
+        ({"eos_token_id": 9}, "model.eos_token_id: 9, but the tokenizer says "),
+        ({"attn_implementation": "flex_attention"}, "flex_attention cannot be trained on a CPU"),
+    ],
+)
+def test_a_model_section_that_would_mean_something_else(keys, message, shared_dir):
+    with pytest.raises(UserError, match=message):
+        small_model("bert", token_set(shared_dir).vocab(), **keys)

@@ -312,3 +312,14 @@ def test_a_question_that_stands_twice_has_the_answers_of_both(tmp_path, caplog):
         (one,) = QuestionAnswering().read(corpus.resolve(str(tmp_path / "x.jsonl")))
     assert (one.id, one.answers) == ("0", (("film", 4), ("the film", 0)))
     assert "2 questions that stand twice" in caplog.text
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_question_that_stands_twice_has_the_answers_of_both_in_either_order(order, tmp_path):
+    rows = [
+        {"id": "a", "question": "who?", "context": "Ada wrote it", "answers": {"text": ["Ada"], "answer_start": [0]}},
+        {"id": "b", "question": "who?", "context": "Ada wrote it", "answers": None},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(rows[k]) + "\n" for k in order))
+    (found,) = QuestionAnswering().read(corpus.resolve(str(tmp_path / "rows.jsonl"), "x"))
+    assert found.answers == (("Ada", 0),)

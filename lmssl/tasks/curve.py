@@ -53,12 +53,13 @@ def labelled(task: Task, train: str | list[str], test: float | str | list[str]) 
     """
     examples = task.read(corpus.resolve(train, "data.train"))
     if isinstance(test, int | float):
-        return split_test(examples, test)
-    held = task.read(corpus.resolve(test, "data.test"))
+        examples, held = split_test(examples, test)
+    else:
+        held = task.read(corpus.resolve(test, "data.test"))
     known = {same(e.group()) for e in held}
     left = [e for e in examples if same(e.group()) not in known]
     if len(left) < len(examples):
-        log.info("%d examples of data.train are in data.test, too; they are not trained on", len(examples) - len(left))
+        log.info("%d examples to train on are in the test set, too; they are not trained on", len(examples) - len(left))
     if examples and not left:
         raise UserError("data.test: holds every example of data.train; nothing is left to train on (a share of data.train: data.test=0.1)")
     return left, held

@@ -104,7 +104,7 @@ class QuestionAnswering(Task):
                 example = dataclasses.replace(self.unlabelled(record, where), answers=_answers(record, self.answers, self.context, where))
                 if kept := found.get(key := (example.text, example.question)):
                     more = tuple(answer for answer in example.answers if answer not in kept.answers)
-                    found[key] = dataclasses.replace(kept, answers=kept.answers + more if kept.answers else ())
+                    found[key] = dataclasses.replace(kept, answers=kept.answers + more)
                     again += 1
                     continue
                 if ids.setdefault(example.id, example) is not example:
