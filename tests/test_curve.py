@@ -234,7 +234,7 @@ def test_pairs_about_a_few_topics_are_split_by_both_texts(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "lmssl"):
         left, held = curve.labelled(task, str(train), str(test))
     assert (len(left), len(held)) == (50, 10)
-    assert "10 examples of data.train are in data.test, too" in caplog.text
+    assert "10 examples to train on are in the test set, too" in caplog.text
     left, held = curve.labelled(task, str(train), 12)
     assert (len(left), len(held)) == (48, 12)
     assert {e.text for e in held} == {"topic 0", "topic 1"}
