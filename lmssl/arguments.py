@@ -103,7 +103,7 @@ POSITIVE = (
     "save_steps",
     "eval_steps",
 )
-NOT_NEGATIVE = ("weight_decay", "warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers", "adam_epsilon")
+NOT_NEGATIVE = ("weight_decay", "warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers", "adam_epsilon", "neftune_noise_alpha")
 BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 
@@ -228,7 +228,10 @@ def check(args: TrainingArguments) -> None:
         if getattr(args.accelerator_config, name, None):
             raise UserError(f"trainer.accelerator_config: {name} is not to be set: {why}")
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-        if (getattr(args, name, None) or {}).get("use_reentrant"):
+        kwargs = getattr(args, name, None) or {}
+        if not isinstance(kwargs, dict):
+            raise UserError(f"trainer.{name}: expected a mapping, got {kwargs!r}")
+        if kwargs.get("use_reentrant"):
             raise UserError(f"trainer.{name}: use_reentrant=true is not supported, the FLOPs of a step are counted through torch.autograd.grad; leave it out")
     if args.world_size != processes():
         way_out = "trainer.use_cpu=true trains on the CPUs" if args.device.type != "cuda" else "start them with torchrun or accelerate launch"

@@ -39,6 +39,8 @@ def refusal(capsys, *args):
     ("overrides", "message"),
     [
         ("trainer.save_strategy=best", "trainer.save_strategy: a run is one pass"),
+        ("trainer.neftune_noise_alpha=-1", "trainer.neftune_noise_alpha: -1.0 must be at least 0"),
+        ("trainer.gradient_checkpointing_kwargs=x", "checkpointing_kwargs: "),
         ("trainer.save_strategy=epoch", "use steps, and save_steps"),
         ("trainer.logging_strategy=epoch", "use steps, and logging_steps"),
         ("trainer.lr_scheduler_type=cosine_with_min_lr", "trainer.lr_scheduler_type: cosine_with_min_lr .*min_lr"),

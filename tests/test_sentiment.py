@@ -378,3 +378,16 @@ def test_refusals(change, message, easy, shared_dir, tmp_path):
         sections[section] |= {k: str(easy) if v == "THE SAME" else v for k, v in values.items()}
     with pytest.raises(UserError, match=message):
         finetune(FinetuneRecipe.of(sections), quiet=True)
+
+
+def test_an_encoder_decoder_without_a_pad_token_is_refused(shared_dir, tmp_path):
+    """Its classifier reads each text at its eos, and would count padding."""
+    tokens = token_set(shared_dir)
+    saved_backbone("t5", tokens, tmp_path)
+    own = tokenization.load(tmp_path)
+    own.roles.pop("pad")
+    own.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": own.eos()}))
+    with pytest.raises(UserError, match="has no pad token, and would pad with eos"):
+        Sentiment().model(Backbone.load(str(tmp_path), 32, ["0", "1"]), True, 0)

@@ -129,6 +129,11 @@ class Sentiment(Task):
 
     def model(self, backbone: Backbone, pretrained: bool, seed: int) -> PreTrainedModel:
         """The classifier; the head is drawn from the seed for both inits. Class names stand in its configuration."""
+        if backbone.family == "encoder-decoder" and backbone.pad == backbone.tokenizer.eos():  # its head counts them in each text
+            way_out = f"pretrain with one that has: lmssl tokenizer --from {backbone.source} --out NEW_FOLDER"
+            raise UserError(
+                f"model.from: the tokenizer of {backbone.source} has no pad token, and would pad with eos, by which an encoder-decoder's classifier reads a text; {way_out}"
+            )
         names = dict(enumerate(backbone.classes))
         changes: dict[str, Any] = {"num_labels": len(names), "id2label": names, "label2id": {c: i for i, c in names.items()}, "problem_type": "single_label_classification"}
         if hasattr(backbone.config, "classifier_pooling") and not has_classifier(backbone.config):  # a trained head reads what it was trained on
