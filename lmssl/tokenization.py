@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ ROLES = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "mask": "<mask>"}
 KINDS = ("bpe", "wordpiece", "unigram")
 _NAMED = tuple(f"{role}_token" for role in ("pad", "bos", "cls", "eos", "sep", "mask"))
 """Settings that name the tokens of a role."""
+_VOCABULARY = re.compile(r"vocab|merges|spiece|sentencepiece|spm|tekken|tiktoken|bpe|\.model")
+"""Names of the files that hold one in the formats before tokenizer.json."""
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -361,7 +364,9 @@ def _fetch(source: str) -> Path:
 
 
 def _load_slow(source: str | Path, folder: Path) -> Tokenizer:
-    """A folder without tokenizer.json: transformers converts the old formats."""
+    """A folder without tokenizer.json: transformers converts the old formats, and of a folder without any makes a tokenizer that knows nothing."""
+    if not any(_VOCABULARY.search(path.name) for path in folder.glob("*")):
+        raise UserError(f"data.tokenizer: {source} holds no tokenizer: neither tokenizer.json nor a vocabulary")
     try:
         theirs = _theirs(folder)
         backend = theirs.backend_tokenizer

@@ -183,3 +183,10 @@ def test_a_tokenizer_without_eos_is_refused_from_python(tmp_path):
     plain = tokenization.Tokenizer(tokenizer().backend, {k: v for k, v in tokenizer().roles.items() if k != "eos"}, [], {}, "mine")
     with pytest.raises(UserError, match="mine has no eos token"):
         lmssl.from_iterable(["a film"], plain, tmp_path / "tokens", 0.0)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_not_given_an_empty_one(tmp_path):
+    """As `save_pretrained` of a model alone leaves it: transformers makes one of the architecture's class that knows no word."""
+    transformers.BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds no tokenizer: neither tokenizer"):
+        tokenization.load(tmp_path)
