@@ -171,9 +171,10 @@ def _tokenizer(options: argparse.Namespace) -> None:
 
     if bool(options.source) == bool(options.text):
         raise UserError("tokenizer: give text to train on, or --from FOLDER to complete an existing tokenizer")
-    given = [name for name in ("kind", "size", "held_out") if getattr(options, name) is not None] + ["skip_bad_records"] * options.skip_bad_records
+    asked = {name: value for name in ("kind", "size") if (value := getattr(options, name)) is not None}
+    given = [*asked, *(["held-out"] if options.held_out is not None else []), *(["skip-bad-records"] if options.skip_bad_records else [])]
     if options.source and given:
-        raise UserError(f"--{given[0].replace('_', '-')}: is for training, and --from trains nothing; leave it out")
+        raise UserError(f"--{given[0]}: is for training, and --from trains nothing; leave it out")
     held_out = options.held_out or 0.0
     if not 0 <= held_out < 1:
         raise UserError(f"--held-out: {held_out} must be a fraction of 0 or more, below 1")
@@ -189,7 +190,7 @@ def _tokenizer(options: argparse.Namespace) -> None:
         limit = below(held_out)
         bad = corpus.BadRecords(options.skip_bad_records, "--skip-bad-records leaves such records out")
         texts = (text for text, _ in corpus.documents(corpus.resolve(options.text, "text"), None, bad) if content_hash(text) >= limit)
-        tokenizer = tokenization.train(texts, options.kind or "bpe", 8192 if options.size is None else options.size, sys.stderr.isatty())
+        tokenizer = tokenization.train(texts, progress=sys.stderr.isatty(), **asked)
         if bad.count:
             print(f"{bad.count:,} bad records skipped, the first: {bad.first[0]}")
     with written(f"the tokenizer in {options.out}"):

@@ -31,15 +31,15 @@ def row(stream: Stream, tokenizer: Tokenizer, i: int, colour: bool, width: int =
     epoch, k = stream.index(i)
     vocab = stream.vocab
     lines = [f"item {i} (epoch {epoch}, row {k}): {len(np.unique(before.segments[used]))} documents, {int(used.sum())} tokens"]
-    lines += _block("text", before.ids[used], _kinds(before.ids[used], vocab), tokenizer, vocab, colour, width)
+    lines += _block("text", before.ids[used], _kinds(before.ids[used], vocab), tokenizer, colour, width)
     own = arrays["segments"] > 0
     kinds = _kinds(arrays["input_ids"][own], vocab)
     if "decoder_input_ids" not in arrays:
         kinds = _changed(arrays, before.ids, own, kinds)
-    lines += _block("input", arrays["input_ids"][own], kinds, tokenizer, vocab, colour, width)
+    lines += _block("input", arrays["input_ids"][own], kinds, tokenizer, colour, width)
     labels = arrays["labels"][arrays["labels"] != IGNORE]
     if "decoder_input_ids" in arrays:
-        lines += _block("target", labels, _kinds(labels, vocab), tokenizer, vocab, colour, width)
+        lines += _block("target", labels, _kinds(labels, vocab), tokenizer, colour, width)
     lines.append(f"  {len(labels)} labels, {len(labels) / max(int(used.sum()), 1):.1%} of the tokens")
     return "\n".join(lines)
 
@@ -63,7 +63,7 @@ def _changed(arrays: Arrays, before: np.ndarray, own: np.ndarray, kinds: list[st
     return ["kept" if a and s else "random" if a and k == "plain" else k for k, a, s in zip(kinds, asked, same, strict=True)]
 
 
-def _block(title: str, ids: np.ndarray, kinds: list[str], tokenizer: Tokenizer, vocab: Vocab, colour: bool, width: int) -> list[str]:
+def _block(title: str, ids: np.ndarray, kinds: list[str], tokenizer: Tokenizer, colour: bool, width: int) -> list[str]:
     """One labelled, wrapped paragraph; neighbouring tokens of one kind are decoded together."""
     runs: list[tuple[str, list[int]]] = []
     for i, kind in zip(ids.tolist(), kinds, strict=True):
@@ -74,7 +74,7 @@ def _block(title: str, ids: np.ndarray, kinds: list[str], tokenizer: Tokenizer, 
     words: list[tuple[str, str]] = []
     for kind, members in runs:
         text = _visible(tokenizer.decode(members))
-        if vocab.word_start[members[0]] and words and words[-1][0] != "special" and not text[:1].isspace():  # WordPiece: a word decoded alone has no space before it
+        if tokenizer.vocab().word_start[members[0]] and words and words[-1][0] != "special" and not text[:1].isspace():  # WordPiece: a word decoded alone has no space before it
             text = f" {text}"
         words += [(kind, w) for w in ([text] if kind != "plain" else _split(text)) if w]
     lines, line, used = [], "", 0

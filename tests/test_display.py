@@ -11,7 +11,6 @@ import lmssl
 from lmssl import display
 from lmssl.data.stream import Stream
 from lmssl.objectives.base import IGNORE, SameLength
-from tests.helpers import tokenizer
 
 TEXT = "the film was good and the cast too"
 
@@ -47,7 +46,7 @@ def test_what_happened_to_each_token(tokens):
     head, text, row, labels = shown(tokens, Chosen(), False)
     count = len(tokens.tokenizer.encode([TEXT])[0])
     assert head == f"item 0 (epoch 0, row 0): 1 documents, {count} tokens"
-    bos, eos, mask = (tokenizer().roles[role] if role in tokens.tokenizer.roles else "" for role in ("bos", "eos", "mask"))
+    bos, eos, mask = (tokens.tokenizer.roles[role] for role in ("bos", "eos", "mask"))
     assert (text.split(), row.split()) == (["text", *f"{bos}{TEXT}{eos}".split()], ["input", *f"{bos}the[{mask}] was{{ and}} and( the) cast too{eos}".split()])
     assert labels == f"  3 labels, {3 / count:.1%} of the tokens"
 

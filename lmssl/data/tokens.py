@@ -102,24 +102,23 @@ class _Writer:
     def _flush(self) -> None:
         import pyarrow as pa
 
+        texts, self._texts, self._held = self._texts, [], 0
         if self._tests is not None:
-            met = self._tests.any_in(self._texts)
-            self._texts = [text for text, leaks in zip(self._texts, met, strict=True) if not leaks]
+            met = self._tests.any_in(texts)
+            texts = [text for text, leaks in zip(texts, met, strict=True) if not leaks]
             self.leaks += int(met.sum())
-        if not self._texts:
-            self._held = 0
+        if not texts:
             return
-        encoded = self._tokenizer.encode(self._texts)
-        sizes = np.array([len(t.encode()) for t in self._texts], np.int64)
+        encoded = self._tokenizer.encode(texts)
+        sizes = np.array([len(t.encode()) for t in texts], np.int64)
         offsets = np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int32)
         values = np.concatenate(encoded).astype(self._ids.to_pandas_dtype())
 
         lists = pa.ListArray.from_arrays(_array(pa.int32(), offsets), _array(self._ids, values))
         self._stream.write_batch(pa.record_batch([lists, _array(pa.int64(), sizes)], schema=self._schema))
-        self.documents += len(self._texts)
+        self.documents += len(texts)
         self.tokens += int(offsets[-1])
         self.bytes += int(sizes.sum())
-        self._texts, self._held = [], 0
 
     def close(self) -> dict[str, int]:
         """Finish; returns the counts."""
