@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import logging
 import math
 import os
@@ -103,6 +104,8 @@ POSITIVE = (
     "save_steps",
     "eval_steps",
 )
+CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop", "context_fn", "every_n_layers", "offload")
+"""What says how activations are checkpointed."""
 NOT_NEGATIVE = ("weight_decay", "warmup_steps", "max_grad_norm", "seed", "dataloader_num_workers", "adam_epsilon", "neftune_noise_alpha")
 BELOW_ONE = ("adam_beta1", "adam_beta2")
 
@@ -233,6 +236,9 @@ def check(args: TrainingArguments) -> None:
             raise UserError(f"trainer.{name}: expected a mapping, got {kwargs!r}")
         if kwargs.get("use_reentrant"):
             raise UserError(f"trainer.{name}: use_reentrant=true is not supported, the FLOPs of a step are counted through torch.autograd.grad; leave it out")
+        config.check_keys(kwargs, CHECKPOINTING, f"trainer.{name}")
+        if (every := kwargs.get("every_n_layers", 1)) < 1:
+            raise UserError(f"trainer.{name}: every_n_layers={every} must be at least 1")
     if args.world_size != processes():
         way_out = "trainer.use_cpu=true trains on the CPUs" if args.device.type != "cuda" else "start them with torchrun or accelerate launch"
         raise UserError(f"trainer: {processes()} processes were started (WORLD_SIZE), of which {args.world_size} can train together on this device: {way_out}")
@@ -256,6 +262,13 @@ def _try(args: TrainingArguments, values: Mapping[str, Any]) -> None:
     with refused(f"trainer.lr_scheduler_type: {values.get('lr_scheduler_type', 'linear')} (trainer.lr_scheduler_kwargs)"):
         nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         get_scheduler(args.lr_scheduler_type, nothing, num_warmup_steps=1, num_training_steps=max(2, args.max_steps), scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    if args.torch_compile and args.torch_compile_mode and args.torch_compile_backend == "inductor":
+        from torch._inductor import list_mode_options
+
+        with refused("trainer.torch_compile_mode"):
+            list_mode_options(args.torch_compile_mode)
+    if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+        raise UserError("trainer.use_liger_kernel: the package is missing (pip install liger-kernel); lmssl's own loss needs none")
     if "optim" in values:
         with refused("trainer.optim"):
             Trainer.get_optimizer_cls_and_kwargs(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import io
 import logging
@@ -165,9 +166,7 @@ def _silence_transformers() -> None:
 
 
 def _tokenizer(options: argparse.Namespace) -> None:
-    from lmssl import tokenization
-    from lmssl.data import corpus
-    from lmssl.data.tokens import below, content_hash
+    from lmssl.data.tokens import below
 
     if bool(options.source) == bool(options.text):
         raise UserError("tokenizer: give text to train on, or --from FOLDER to complete an existing tokenizer")
@@ -180,14 +179,29 @@ def _tokenizer(options: argparse.Namespace) -> None:
         raise UserError(f"--held-out: {held_out} must be a fraction of 0 or more, below 1")
     if (Path(options.out) / "tokenizer.json").exists():
         raise UserError(f"--out: {options.out} holds a tokenizer already")
+    new = not Path(options.out).exists()
     with written(f"--out: {options.out}", UserError):  # before a long training
         Path(options.out).mkdir(parents=True, exist_ok=True)
+    try:
+        _make_tokenizer(options, asked, below(held_out))
+    except BaseException:
+        with contextlib.suppress(OSError):  # of a folder with something in it
+            if new:
+                Path(options.out).rmdir()
+        raise
+
+
+def _make_tokenizer(options: argparse.Namespace, asked: dict[str, Any], limit: int) -> None:
+    """Into `--out`: a tokenizer trained as `asked` on the documents whose content hash is `limit` or more, or one completed."""
+    from lmssl import tokenization
+    from lmssl.data import corpus
+    from lmssl.data.tokens import content_hash
+
     if options.source:
         tokenizer = tokenization.load(options.source)
         added = tokenizer.complete()
         print(f"added {len(added)} special tokens" + (f": {', '.join(added[:5])} ..." if added else ""))
     else:
-        limit = below(held_out)
         bad = corpus.BadRecords(options.skip_bad_records, "--skip-bad-records leaves such records out")
         texts = (text for text, _ in corpus.documents(corpus.resolve(options.text, "text"), None, bad) if content_hash(text) >= limit)
         tokenizer = tokenization.train(texts, progress=sys.stderr.isatty(), **asked)
@@ -237,11 +251,9 @@ def _plan(options: argparse.Namespace) -> None:
 
     if not 0 < options.minutes <= 10**6:
         raise UserError(f"--minutes: {options.minutes:g} must be above 0 and at most {10**6:,}")
-    out = Path(options.out) if options.out else None
+    out = _in_a_folder(options.out)
     if out and out.exists():
         raise UserError(f"--out: {out} is there already")
-    if out and not out.parent.is_dir():
-        raise UserError(f"--out: no such folder: {out.parent}")
     loaded = PretrainRecipe.load(options.recipe, options.overrides)
     _silence_transformers()
     rungs, best, sections, cost = plan.plan(loaded, options.minutes)
@@ -250,6 +262,13 @@ def _plan(options: argparse.Namespace) -> None:
     if out:
         output.write(out, title + config.dump(sections))
     print(out or title + config.dump(sections, ascii=not output.has_all_letters()))
+
+
+def _in_a_folder(out: str | None) -> Path | None:
+    """The file of `--out`, refused where there is no folder for it."""
+    if out and not Path(out).parent.is_dir():
+        raise UserError(f"--out: no such folder: {Path(out).parent}")
+    return Path(out) if out else None
 
 
 def _print_cost(measure: str, loaded: Any) -> None:
@@ -302,8 +321,9 @@ def _predict(options: argparse.Namespace) -> None:
     _silence_transformers()
     overrides = [item for item in options.overrides if item.startswith("task.") and "=" in item]
     files = [item for item in options.overrides if item not in overrides]
+    out = _in_a_folder(options.out)
     rows = predict.predict(options.checkpoint, files, task_name=options.task, overrides=overrides, batch=options.batch, quiet=not files)
-    predict.write(rows, Path(options.out) if options.out else None)
+    predict.write(rows, out)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -25,6 +25,9 @@ from lmssl.objectives.base import Vocab
 from lmssl.objectives.cross_entropy import Unprojected
 from lmssl.packing import additive, positions_within, same_document
 
+LONGEST = 1024
+"""Tokens of the rows, at most, in which documents are looked for that see each other."""
+
 
 def prepare(model: PreTrainedModel, kernel: bool = False) -> PreTrainedModel:
     """Hook a model so that its call also takes `segments`, `decoder_segments`, `label_positions` and `skip_logits`; once is enough.
@@ -61,7 +64,8 @@ def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int, kernel
     Raises:
         UserError: they see each other, or the architecture takes no mask of who may see whom.
     """
-    half, kind, family = min(8, seq_length // 2), model.config.model_type, family_of(model.config)
+    # Some look further back than a window, or at summaries of hundreds of tokens.
+    half, kind, family = min(LONGEST, seq_length) // 2, model.config.model_type, family_of(model.config)
     if str(getattr(model.config, "_attn_implementation", "")).startswith("flash") and model.device.type == "cpu":
         return
     draw = np.random.default_rng(0).choice(vocab.ordinary, (3, 2 * half))
@@ -71,15 +75,20 @@ def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int, kernel
     segments = torch.tensor([[1] * half + [2] * half] * 3, device=model.device)
     more = {"decoder_input_ids": ids, "decoder_segments": segments} if family == "encoder-decoder" else {}
     more |= {"borders": torch.arange(0, 6 * half + 1, half, dtype=torch.int32, device=model.device)} if kernel else {}
+    asked = np.unique(np.concatenate([np.linspace(0, 2 * half - 1, 64).astype(np.int64), [half, 2 * half - 2]]))
+    at = torch.from_numpy(np.concatenate([asked + row * 2 * half for row in range(3)])).to(model.device)
     try:
         with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, enabled=kernel):
-            logits = model(input_ids=ids, segments=segments, **more).logits.float()
+            logits = model(input_ids=ids, segments=segments, label_positions=at, **more).logits.float()
     except Exception as error:
-        raise UserError(f"model.architecture: '{kind}' cannot be told which tokens may see each other: {said(error, 200)}") from error
-    little = 1e-4 * logits.abs().max()
+        raise UserError(f"model: this '{kind}' cannot read a row of packed documents: {said(error, 200)}") from error
+    if logits.shape[0] != len(at):
+        raise UserError(f"model.architecture: '{kind}' projects the vocabulary outside of its output embeddings (get_output_embeddings), so not at labels alone; take another")
+    logits = logits.view(3, len(asked), -1)
+    little, second = 1e-4 * logits.abs().max(), int(np.searchsorted(asked, half))
     if family == "decoder" and (logits[0, :-1] - logits[2, :-1]).abs().max() > little:
         raise UserError(f"model: tokens see later ones in this '{kind}' (bidirectional attention), so there is nothing to predict; next_token needs a causal decoder")
-    if (logits[0, half:] - logits[1, half:]).abs().max() > little:
+    if (logits[0, second:] - logits[1, second:]).abs().max() > little:
         raise UserError(
             f"model.architecture: documents packed into one row see each other in '{kind}' (transformers {transformers.__version__} reads their borders from no input there); "
             "take another architecture, for example llama, bert or t5"
@@ -104,11 +113,12 @@ def head_for_loss(model: PreTrainedModel, vocab: Vocab, args: transformers.Train
     try:
         with evaluating(model):
             hidden, logits = (model(input_ids=ids, skip_logits=skip, **more).logits for skip in (True, False))
-    except RuntimeError:  # of shapes: BART adds a number to each logit
+            same = torch.equal(nn.functional.linear(hidden, head.weight, head.bias), logits)
+    except RuntimeError:  # of shapes: BART adds a number to each logit, MobileBERT multiplies with its weights outside of the module
         return None
     # accelerate wraps a model for ranks wherever there is a group of them, be it of one.
     head.packed.ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return head if torch.equal(nn.functional.linear(hidden, head.weight, head.bias), logits) else None
+    return head if same else None
 
 
 def output_for_loss(model: nn.Module, head: nn.Linear | None, inputs: Mapping[str, Any]) -> Any:
@@ -159,8 +169,7 @@ class _Packed:
         self.family = family_of(model.config)
         self.offset = position_offset(model)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        kinds = set(getattr(model.config, "layer_types", None) or [])
-        self.window = model.config.sliding_window if self.family == "encoder" and "sliding_attention" in kinds else None
+        self.window = _window(model) if self.family == "encoder" else None
         self.at: Tensor | None = None
         self.skip_logits = self.ranks = False
 
@@ -199,6 +208,20 @@ class _Packed:
             return None
         hidden, at, self.at = args[0], self.at, None
         return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, at), *args[1:])
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """How far tokens see in layers with a window; None where no layer has one.
+
+    Raises:
+        UserError: they have different ones.
+    """
+    if "sliding_attention" not in (getattr(model.config, "layer_types", None) or []):
+        return None
+    try:
+        return int(model.config.sliding_window)
+    except Exception as error:  # of transformers, which calls it ambiguous where layers may differ
+        raise UserError(f"model.architecture: '{model.config.model_type}' has a window of its own in each layer, which is not supported; take another architecture") from error
 
 
 class _Left(torch.autograd.Function):

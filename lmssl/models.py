@@ -105,7 +105,9 @@ def config_of(section: Mapping[str, Any], where: str = "model") -> PretrainedCon
 
 
 def _exact(config: PretrainedConfig, where: str) -> PretrainedConfig:
-    """Refuse a model whose loss of a document depends on what else is in its batch."""
+    """Refuse a model whose loss of a document depends on what else is in its batch, or that does without attention where its kernel is missing."""
+    if config.model_type == "mra":
+        raise UserError(f"{where}: its attention is a CUDA kernel of its own, and nothing without that; take another architecture, for example bert")
     if getattr(config, "expert_capacity", None):
         raise UserError(f"{where}: its experts leave out tokens beyond their capacity, so that a document's loss depends on what else is in the batch; take another architecture")
     return config

@@ -59,8 +59,9 @@ class PretrainTrainer(ExactTrainer):
     ):
         section = output.plain(fields_of(objective))
         family = models.check_family(model.config, objective, section["name"])
-        self._tokenizer = train_dataset.tokenizer
-        self._tokenizer.check(objective, section["name"])
+        tokenizer = train_dataset.tokenizer
+        tokenizer.check(objective, section["name"])
+        self.saved_tokenizer = tokenizer.for_prompts() if family == "decoder" else tokenizer
         self.objective = objective
         self.seq_length = length = _checked_length(model, train_dataset, args, seq_length)
         self.start = models.decoder_start(model.config)
@@ -139,7 +140,7 @@ class PretrainTrainer(ExactTrainer):
 
     def complete(self, folder: Path) -> None:
         """The tokenizer, and the recipe where there is one: a checkpoint can be fine-tuned and scored like the final model."""
-        self._tokenizer.save(folder)
+        self.saved_tokenizer.save(folder)
         if (recipe := Path(self.args.output_dir) / "recipe.yaml").is_file():
             shutil.copyfile(recipe, folder / "recipe.yaml")
 

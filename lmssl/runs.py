@@ -9,6 +9,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lmssl import arguments, config, output, ranks
 from lmssl.data.stream import Stream
 from lmssl.data.tokens import TokenSet
@@ -24,6 +26,9 @@ if typing.TYPE_CHECKING:
     from lmssl.tasks.curve import Curve
 
 log = logging.getLogger("lmssl")
+
+LOOK = 500
+"""Labelled examples in which unknown tokens are counted."""
 
 
 def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = False, accept: tuple[str, ...] = (), quiet: bool = False) -> dict[str, Any]:
@@ -73,7 +78,7 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     metrics = trainer.metrics()
     if trainer.is_world_process_zero():
         metrics |= {"data": trainer.train_dataset.tokens.identity, "environment": output.environment(trainer.args.device), "rows_shown": examples(trainer.train_dataset, tokenizer)}
-        _finish(out, trainer.accelerator.unwrap_model(trainer.model), tokenizer, metrics, resolved)
+        _finish(out, trainer, metrics, resolved)
     trainer.accelerator.wait_for_everyone()
     return metrics
 
@@ -103,7 +108,7 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
     before = (output.read_json(out / "metrics.json") or {}) if resume else {}
     ranks.check_same_folder(out, before.get("results"))
     if resume:
-        runs.ledger.load(accept)
+        runs.ledger.load(accept, max(task.labels))
         if runs.ledger.results and runs.is_told_by(before) and not accept:  # without a ledger nothing says of which recipe they are
             log.info("%s is finished; nothing to do", out)
             return before
@@ -117,6 +122,8 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
         log.info("to train on: %s; to test: %s; leak check: %s", curve.counted(runs.train), curve.counted(runs.test), evidence.leaks_in_words(leaks))
     if first:
         _folder(out)
+        if runs.ledger.outdated:  # which nothing may read by the new recipe
+            _remove([path for name in ("config.json", "model*.safetensors*") for path in out.glob(name)])
         output.write(out / "recipe.yaml", config.dump(output.plain(resolved)))
         runs.ledger.save(runs.ledger.seconds)  # what is resumed before any run is finished is compared with this
     metrics = runs.run() | {"leaks": leaks, "continued_from": config.of_folder(recipe.source).get("model", {}).get("from"), "environment": output.environment(runs.args.device)}
@@ -181,6 +188,9 @@ def curve_of(recipe: FinetuneRecipe, values: dict[str, Any], quiet: bool) -> Cur
     task = recipe.task.fitted(train, test)
     task.check_packages()
     backbone = dataclasses.replace(backbone, classes=tuple(curve.in_order_of(backbone.config, curve.check(task, train, test))))
+    if (unknown := backbone.tokenizer.unknown()) is not None:
+        ids = np.concatenate(backbone.ids([text for example in train[:LOOK] for text in example.texts()]))
+        backbone.tokenizer.check_known(int((ids == unknown).sum()), len(ids), "data.train")
     return curve.Curve(task, backbone, train, test, values, quiet)
 
 
@@ -300,12 +310,12 @@ def _folder(out: Path) -> None:
         raise UserError(f"trainer.output_dir: {out} cannot be made: {error.strerror}") from None
 
 
-def _finish(out: Path, model: Any, tokenizer: Tokenizer, metrics: dict[str, Any], resolved: dict[str, Any]) -> None:
+def _finish(out: Path, trainer: PretrainTrainer, metrics: dict[str, Any], resolved: dict[str, Any]) -> None:
     """The final model, its tokenizer, metrics.json (last) and the model card in the output folder."""
     from lmssl import cards
 
     with written(f"the model in {out}"):
-        model.save_pretrained(out)
-        tokenizer.save(out)
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
+        trainer.saved_tokenizer.save(out)
         output.write(out / "README.md", cards.model_card(metrics, output.plain(resolved)))
         output.write_json(out / "metrics.json", metrics)

@@ -101,7 +101,8 @@ def evaluate_task(checkpoint: str, overrides: typing.Sequence[str]) -> tuple[str
     config.check_keys(sections["trainer"], ["per_device_eval_batch_size"], "trainer")
     files, batch = sections["data"].get("test"), _batch(sections["trainer"])
     if not files or not all(isinstance(name, str) for name in (files if isinstance(files, list) else [files])):
-        raise UserError(f"data.test: missing; {checkpoint} is a fine-tuned model, so name labelled files: data.test=FILE")
+        given = "missing" if not files else f"{files} names no file"
+        raise UserError(f"data.test: {given}; {checkpoint} is a fine-tuned model, so name labelled files: data.test=FILE")
     task, backbone, model = predict.load(checkpoint, None, own)
     examples = task.read(corpus.resolve(files, "data.test"))
     if not examples:

@@ -11,18 +11,21 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import logging
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lmssl import byte_pairs, output, words
+from lmssl import byte_pairs, output, vocabulary
 from lmssl.errors import UserError, did_you_mean, said
 from lmssl.objectives.base import Objective, Vocab
+
+log = logging.getLogger("lmssl")
 
 SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
 ROLES = {"pad": "<pad>", "bos": "<s>", "eos": "</s>", "mask": "<mask>"}
@@ -32,6 +35,8 @@ _NAMED = tuple(f"{role}_token" for role in ("pad", "bos", "cls", "eos", "sep", "
 """Settings that name the tokens of a role."""
 _VOCABULARY = re.compile(r"vocab|merges|spiece|sentencepiece|spm|tekken|tiktoken|bpe|\.model")
 """Names of the files that hold one in the formats before tokenizer.json."""
+MOST_UNKNOWN, MANY_UNKNOWN = 0.5, 0.05
+"""Shares of unknown tokens above which text is refused, and warned of."""
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -56,6 +61,15 @@ class Tokenizer:
     """The same ids faster, where that is possible (lmssl.byte_pairs); False until it is first asked for."""
     _vocab: Vocab | None = field(default=None, init=False, repr=False, compare=False)
     """What `vocab` found: of 250,000 tokens it takes nine seconds."""
+    _reader: Any = field(default=None, init=False, repr=False, compare=False)
+    """See `reader`."""
+
+    @property
+    def reader(self) -> Any:
+        """What text of data is encoded by: the backend, or a copy in which no spelling leads to a special token."""
+        if self._reader is None:
+            self._reader = vocabulary.without_spellings(self.backend, [*self.roles.values(), *self.sentinels]) or self.backend
+        return self._reader
 
     def id(self, role: str) -> int | None:
         """The id of a role's token, None where there is none."""
@@ -72,7 +86,7 @@ class Tokenizer:
         """sha256 over what decides ids and roles."""
         # Unigram scores change in their last digit when they are written and read again.
         spec = json.loads(self.backend.to_str(), parse_float=lambda digits: round(float(digits), 6))
-        content = json.dumps([spec, self.roles, self.sentinels], sort_keys=True)
+        content = json.dumps([spec, self.roles, self.sentinels, *(["read without spellings"] if self.reader is not self.backend else [])], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def eos(self) -> int:
@@ -95,7 +109,7 @@ class Tokenizer:
         if self._fast is not None:
             with contextlib.suppress(ValueError):
                 return [np.concatenate([bos, ids, eos]).astype(np.int32) for ids in byte_pairs.encode(self._fast, self.backend, texts)]
-        return [np.array(bos + e.ids + eos, np.int32) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [np.array(bos + e.ids + eos, np.int32) for e in self.reader.encode_batch_fast(texts, add_special_tokens=False)]
 
     def template(self, text: str) -> np.ndarray:
         """Ids of a text of the user's own, not of data: special tokens spelt in it are special tokens. int32 [n]."""
@@ -112,7 +126,7 @@ class Tokenizer:
             (ids int32 [n], spans int64 [n, 2]): `text[begin:end]` is the token's text without white space around it.
         """
         found = []
-        for text, encoding in zip(texts, self.backend.encode_batch(texts, add_special_tokens=False), strict=True):
+        for text, encoding in zip(texts, self.reader.encode_batch(texts, add_special_tokens=False), strict=True):
             spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
             for n, (begin, end) in enumerate(encoding.offsets):
                 # Byte-level and Unigram tokens carry the space before a word.
@@ -134,22 +148,52 @@ class Tokenizer:
             padding_side: left for decoders that generate.
             special: whether special tokens spelt in a text are special tokens; else they are text, as they are in training.
         """
+        made = self._laid_out(closing)
+        made.settings |= {"model_max_length": length, "truncation_side": truncation_side, "padding_side": padding_side, "split_special_tokens": not special}
+        made.settings["model_input_names"] = ["input_ids", "attention_mask"]
+        made.roles = {"pad": self.roles["eos"]} | self.roles  # what the model is padded with, else no pipeline would batch
+        return made
+
+    def for_prompts(self) -> Tokenizer:
+        """The tokenizer to save with a decoder: one that ends a text with eos, behind which there is nothing to generate, is laid out anew without."""
+        eos = self.id("eos")
+        return self._laid_out(closing=False) if eos is not None and self.backend.encode("a").ids[-1:] == [eos] else self
+
+    def _laid_out(self, closing: bool) -> Tokenizer:
+        """A copy that lays a text out as lmssl does: bos (where there is one), text (eos, second text), eos where it closes."""
         from tokenizers import Tokenizer as Backend
         from tokenizers.processors import TemplateProcessing
 
         backend = Backend.from_str(self.backend.to_str())
         bos, eos = ([self.roles["bos"]] if "bos" in self.roles else []), self.roles["eos"]
-        single = [*bos, "$A", *([eos] if closing else [])]
-        pair = [*bos, "$A", eos, "$B", *([eos] if closing else [])]
-        backend.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=[(t, backend.token_to_id(t)) for t in {*bos, eos}])
-        settings = self.settings | {"model_max_length": length, "truncation_side": truncation_side, "padding_side": padding_side, "split_special_tokens": not special}
+        end = [eos] if closing else []
+        tokens = [(t, backend.token_to_id(t)) for t in {*bos, eos}]
+        backend.post_processor = TemplateProcessing(single=[*bos, "$A", *end], pair=[*bos, "$A", eos, "$B", *end], special_tokens=tokens)
         # A class of an architecture of its own (RobertaTokenizer) would put its own template in the place of this one.
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        return Tokenizer(backend, self.roles, self.sentinels, settings | {"model_input_names": ["input_ids", "attention_mask"]}, self.source)
+        return Tokenizer(backend, dict(self.roles), self.sentinels, self.settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, self.source)
+
+    def unknown(self) -> int | None:
+        """The id that stands for what the vocabulary does not hold; None where there is none, or one with another role."""
+        model = json.loads(self.backend.to_str())["model"]
+        found = model["unk_id"] if "unk_id" in model else self.backend.token_to_id(model.get("unk_token") or "")
+        return None if found in map(self.id, self.roles) else found
+
+    def check_known(self, unknown: int, tokens: int, where: str) -> None:
+        """Refuse text that is mostly unknown to the vocabulary; say so where much of it is.
+
+        Args:
+            unknown, tokens: how many of how many.
+            where: the recipe's key of the text.
+        """
+        said = f"{where}: {unknown:,} of {tokens:,} tokens are unknown to the tokenizer {self.source}"
+        if unknown > MOST_UNKNOWN * tokens:
+            raise UserError(f"{said}; train one on text of this kind: lmssl tokenizer TEXT --out FOLDER")
+        if unknown > MANY_UNKNOWN * tokens:
+            log.warning("%s; one trained on text of this kind would lose less of it", said)
 
     def round_trip(self, texts: list[str]) -> list[str]:
         """What is left of each text after encoding and decoding: all of it, or its lower case, its accents gone, ..."""
-        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        encoded = self.reader.encode_batch_fast(texts, add_special_tokens=False)
         return self.backend.decode_batch([e.ids for e in encoded], skip_special_tokens=True)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -201,7 +245,7 @@ class Tokenizer:
             added += [s for s in SENTINELS if self.backend.token_to_id(s) is None]
             self.sentinels = list(SENTINELS)
         self.backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in added])
-        self._vocab = None
+        self._vocab, self._fast, self._reader = None, False, None
         return added
 
     def vocab(self, start: int | None = None) -> Vocab:
@@ -217,7 +261,7 @@ class Tokenizer:
         special = np.zeros(size, bool)
         for i, token in self.backend.get_added_tokens_decoder().items():
             special[i] = token.special
-        for text in [*self.roles.values(), *self.sentinels, *("[UNK]", "<unk>")]:
+        for text in [*self.roles.values(), *self.sentinels, *vocabulary.UNKNOWN]:
             if (i := self.backend.token_to_id(text)) is not None:
                 special[i] = True
         special |= np.array([t == "" for t in texts])
@@ -232,7 +276,7 @@ class Tokenizer:
             start=bos if bos is not None else eos if pad is None else pad,
             sentinels=np.array([self.backend.token_to_id(s) for s in self.sentinels], np.int32),
             special=special,
-            **_token_facts(texts, special, self.backend),
+            **vocabulary.facts(texts, special, self.backend),
         )
 
     def save(self, folder: str | Path) -> None:
@@ -244,48 +288,6 @@ class Tokenizer:
         settings |= {f"{role}_token": text for role, text in self.roles.items()}
         settings["extra_special_tokens"] = self.sentinels
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _token_facts(texts: list[str], special: np.ndarray, backend: Any) -> dict[str, np.ndarray]:
-    """What `Vocab` says of every token's text, read off the vocabulary's own marks."""
-    read, count = _style(backend), len(texts)
-    facts = {name: np.zeros(count, bool) for name in ("word_start", "word_end", "sentence_end")} | {"token_bytes": np.zeros(count, np.int32)}
-    for i in np.flatnonzero(~special):
-        text, facts["word_start"][i], facts["word_end"][i], facts["token_bytes"][i] = read(texts[i])
-        facts["word_start"][i] |= words.spaceless(text)
-        facts["sentence_end"][i] = words.ends_sentence(text)
-    return facts
-
-
-def _style(backend: Any) -> Callable[[str], tuple[str, bool, bool, int]]:
-    """How a vocabulary writes its tokens: token -> its text, whether it is marked as a word's begin and as its end, the bytes that it stands for."""
-    spec = json.loads(backend.to_str())
-    inside, suffix = spec["model"].get("continuing_subword_prefix"), spec["model"].get("end_of_word_suffix")
-    letters = byte_pairs.alphabet()
-
-    def byte_level(token: str) -> tuple[str, bool, bool, int]:
-        end = bool(suffix) and token.endswith(suffix)  # CLIP has both
-        token = token.removesuffix(suffix) if suffix else token
-        known = all(c in letters for c in token)  # else it was added as it is
-        data = bytes(letters[c] for c in token) if known else token.encode()
-        text = data.decode("utf-8", "replace")
-        return text, text[:1].isspace() or (known and words.punctuation(text)), end, len(data) + (end and text[-1:].isalnum())
-
-    def word_begins(token: str) -> tuple[str, bool, bool, int]:
-        text, start = token.removeprefix(inside), not token.startswith(inside)
-        return text, start, False, len(text.encode()) + (start and text[:1].isalnum())
-
-    def word_ends(token: str) -> tuple[str, bool, bool, int]:
-        text, end = token.removesuffix(suffix), token.endswith(suffix)
-        return text, False, end, len(text.encode()) + (end and text[-1:].isalnum())
-
-    def metaspace(token: str) -> tuple[str, bool, bool, int]:
-        text, byte = token.replace("▁", " "), len(token) == 6 and token.startswith("<0x") and token.endswith(">")
-        return text, token.startswith("▁"), False, 1 if byte else len(text.encode())
-
-    if '"ByteLevel"' in json.dumps([spec["pre_tokenizer"], spec["decoder"]]):
-        return byte_level
-    return word_begins if inside else word_ends if suffix else metaspace
 
 
 def load(source: str | Path) -> Tokenizer:
@@ -382,7 +384,7 @@ def train(texts: Iterable[str], kind: str = "bpe", size: int = 8192, progress: b
 
     Args:
         texts: documents; read once, so a generator will do.
-        kind: "bpe" (byte-level, no unknown token), "wordpiece" (lower case) or "unigram".
+        kind: "bpe" (byte-level, no unknown token), "wordpiece" (lower case, accents and voicing marks dropped, as BERT's) or "unigram".
         size: number of ids, special tokens included.
         progress: bars on standard error.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from lmssl import activations, arguments, checkpoints, lookups, machine, models, ranks
+from lmssl import activations, arguments, checkpoints, config, lookups, machine, models, ranks
 from lmssl.arguments import FEWER_ROWS, WHOLE
 from lmssl.data.stream import Onwards, Stream, count_tokens
 from lmssl.errors import Interrupted, Stopped, UserError, fitting, refused, said, written
@@ -73,6 +73,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         eval_dataset: Any = None,
     ):
         _decide(args)
+        for name, value in (("optimizer", optimizer), ("on_spike", on_spike)):
+            config.convert(value, arguments.OURS[name], name)
         models.keep_names(model)
         machine.keep_memory(args.device.type)
         with refused("trainer"):
@@ -389,6 +391,8 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         if path is None:
             log.info("--resume: no checkpoint was completed in %s; starting at step 0", root)
             return None
+        if manifest["step"] > self.args.max_steps:
+            raise UserError(f"trainer.max_steps: {self.args.max_steps}, but {path.name} has more behind it; a shorter run begins anew in a folder of its own")
         then = manifest["identity"]
         changed = [key for key, now in self.identity.items() if key in then and then[key] != now and key not in accept]
         if changed:

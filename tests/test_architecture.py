@@ -20,6 +20,7 @@ FLOORS = {
     "ranks": 0,
     "objectives": 0,
     "byte_pairs": 0,
+    "vocabulary": 0,
     "tokenization": 1,
     "data": 1,
     "packing": 1,
@@ -63,6 +64,7 @@ WITHIN = [
 """Inside one floor: a later one may import the earlier."""
 BESIDE = {
     ("data", "tokenization"),
+    ("vocabulary", "byte_pairs"),
     ("output", "machine"),
     ("output", "ranks"),
     ("evaluation", "data"),

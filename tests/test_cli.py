@@ -280,6 +280,14 @@ def test_more_characters_than_ids(kind, tmp_path, capsys):
     assert run(["tokenizer", str(text), "--size", "1000", "--out", str(tmp_path / "out")]) == 0
 
 
+def test_a_tokenizer_that_is_not_made_leaves_no_folder(tmp_path, capsys):
+    (tmp_path / "own").mkdir()
+    for out in ("new", "own"):
+        assert run(["tokenizer", str(tmp_path / "none.txt"), "--out", str(tmp_path / out)]) == 2
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "own").is_dir(), "which was there before"
+
+
 def test_a_tokenizer_that_cannot_be_written_is_refused_before_its_training(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("lmssl.tokenization.train", lambda *_: pytest.fail("trained in vain"))

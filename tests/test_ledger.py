@@ -323,6 +323,34 @@ def test_questions_without_ids_may_move(backbone, tmp_path):
     assert identity(tmp_path / "a.jsonl") == identity(tmp_path / "moved" / "b.jsonl")
 
 
+def test_fewer_labels_of_another_recipe_train_their_model(backbone, files, tmp_path, monkeypatch):
+    """The model in the folder was that of more labels, by the older recipe."""
+    train, test, _ = files
+    finetune(recipe(backbone, train, test, tmp_path / "out", labels=[8, 12]), quiet=True)
+    fewer = recipe(backbone, train, test, tmp_path / "out", labels=[8], cue=" It was")
+    original = Curve._result
+    monkeypatch.setattr(Curve, "_result", lambda self, run: pytest.fail("not yet"))
+    with pytest.raises(pytest.fail.Exception):
+        finetune(fewer, resume=True, accept=("task.cue",), quiet=True)
+    assert not (tmp_path / "out" / "model.safetensors").exists(), "what nothing describes any more"
+    monkeypatch.setattr(Curve, "_result", original)
+    assert finetune(fewer, resume=True, accept=("task.cue",), quiet=True)["saved_labels"] == 8
+    finetune(recipe(backbone, train, test, tmp_path / "fresh", labels=[8], cue=" It was"), quiet=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "fresh" / "model.safetensors").read_bytes()
+
+
+def test_all_differences_are_named_at_once(backbone, files, tmp_path):
+    """What follows from another key (the number of the inputs' kind) comes last."""
+    train, test, _ = files
+    finetune(recipe(backbone, train, test, tmp_path / "out"), quiet=True)
+    with pytest.raises(UserError, match=r"task.cue changed: .* --accept task.cue --accept task.learning_rates --accept inputs goes on all the same"):
+        finetune(recipe(backbone, train, test, tmp_path / "out", cue=" It", learning_rates=[1e-3, 2e-3]), resume=True, quiet=True)
+    with pytest.raises(UserError, match="inputs changed: the finished runs are of an lmssl that made other inputs"):
+        finetune(recipe(backbone, train, test, tmp_path / "out", learning_rates=[1e-3, 2e-3]), resume=True, accept=("task.learning_rates",), quiet=True)
+    with pytest.raises(UserError, match=r"task.metric changed: the finished runs were scored by accuracy"):
+        finetune(recipe(backbone, train, test, tmp_path / "out", metric="macro_f1"), resume=True, quiet=True)
+
+
 def test_the_saved_model_is_of_the_recipe_beside_it(backbone, files, tmp_path):
     """Another cue that is accepted: the model that `predict` gives the cue to was trained with it."""
     train, test, _ = files

@@ -12,7 +12,7 @@ from lmssl import PretrainTrainer, arguments, models
 from lmssl.cli import run
 from lmssl.config import apply_overrides
 from lmssl.errors import UserError, said
-from lmssl.objectives import NextToken
+from lmssl.objectives import MaskedTokens, NextToken
 from lmssl.tasks import curve
 from lmssl.tasks.sentiment import Sentiment
 from tests import helpers
@@ -41,6 +41,12 @@ def refusal(capsys, *args):
         ("trainer.save_strategy=best", "trainer.save_strategy: a run is one pass"),
         ("trainer.neftune_noise_alpha=-1", "trainer.neftune_noise_alpha: -1.0 must be at least 0"),
         ("trainer.gradient_checkpointing_kwargs=x", "checkpointing_kwargs: "),
+        ("trainer.gradient_checkpointing_kwargs.foo=1", "checkpointing_kwargs.foo: unknown key"),
+        ("trainer.gradient_checkpointing_kwargs.every_n_layers=0", "checkpointing_kwargs: every_n_layers=0 must be at least 1"),
+        ("trainer.torch_compile_mode=fast", "trainer.torch_compile_mode: Unrecognized mode=fast"),
+        ("trainer.use_liger_kernel=true", "trainer.use_liger_kernel: the package is missing"),
+        ("model.chunk_size_feed_forward=7", "model: this 'bert' cannot read a row of packed documents: .*chunk"),
+        ("model.architecture=mra", "'mra': its attention is a CUDA kernel of its own"),
         ("trainer.save_strategy=epoch", "use steps, and save_steps"),
         ("trainer.logging_strategy=epoch", "use steps, and logging_steps"),
         ("trainer.lr_scheduler_type=cosine_with_min_lr", "trainer.lr_scheduler_type: cosine_with_min_lr .*min_lr"),
@@ -67,7 +73,7 @@ def refusal(capsys, *args):
     ],
 )
 def test_settings_that_cannot_work_are_one_line(overrides, message, corpus_file, tmp_path, capsys):
-    if ("wandb" in overrides and importlib.util.find_spec("wandb")) or ("bnb" in overrides and importlib.util.find_spec("bitsandbytes")):
+    if any(setting in overrides and importlib.util.find_spec(package) for setting, package in (("wandb", "wandb"), ("bnb", "bitsandbytes"), ("liger", "liger_kernel"))):
         pytest.skip("installed here")
     recipe = written(recipe_of(corpus_file, tmp_path / "run"), tmp_path / "r.yaml")
     (tmp_path / "short.txt").write_text("a\n")
@@ -121,7 +127,9 @@ def test_a_fine_tuned_model_is_scored_on_labelled_files(sentiment, capsys):
     saved = json.loads((sentiment / "sent" / "metrics.json").read_text())
     assert saved["evaluated"][str(sentiment / "new.csv")]["accuracy"] == pytest.approx(right)
     assert len(saved["results"]) == 2
-    assert "name labelled files: data.test=FILE" in refusal(capsys, "evaluate", sentiment / "sent")
+    assert "data.test: missing; " in refusal(capsys, "evaluate", sentiment / "sent")
+    assert "data.test: 0.2 names no file; " in refusal(capsys, "evaluate", sentiment / "sent", "data.test=0.2")
+    assert "--out: no such folder: " in refusal(capsys, "predict", sentiment / "sent", sentiment / "new.csv", "--out", sentiment / "none" / "x.jsonl")
     (sentiment / "other.csv").write_text("review,class\nfine,neutral\n")
     assert "other.csv:2: the class 'neutral' is none of the model's (bad, good)" in refusal(capsys, "evaluate", sentiment / "sent", f"data.test={sentiment / 'other.csv'}", *names)
 
@@ -317,6 +325,23 @@ def test_a_folder_may_be_called_by_a_number():
 def test_no_labelled_example_is_said():
     with pytest.raises(UserError, match=r"data\.train: no labelled example"):
         curve.check(Sentiment(), [], [])
+
+
+@pytest.mark.parametrize(("keys", "message"), [({"optimizer": "sgd"}, "optimizer: expected one of adamw, muon, got 'sgd'"), ({"on_spike": "never"}, "on_spike: expected one of ")])
+def test_words_from_python_are_checked(keys, message, shared_dir, tmp_path):
+    tokens = token_set(shared_dir)
+    with pytest.raises(UserError, match=message):
+        PretrainTrainer(small_model("bert", tokens.vocab()), MaskedTokens(), tokens, helpers.arguments(tmp_path), 32, quiet=True, **keys)
+
+
+def test_a_resumed_run_is_not_shorter_than_what_is_done(corpus_file, tmp_path, capsys):
+    """Its recipe would say fewer steps than the model has had."""
+    recipe, out = written(recipe_of(corpus_file, tmp_path / "run"), tmp_path / "r.yaml"), tmp_path / "run"
+    assert run(["pretrain", recipe, "trainer.max_steps=4", "trainer.save_steps=2"]) == 0
+    (out / "metrics.json").unlink()  # as if it had been stopped
+    said = (out / "recipe.yaml").read_text()
+    assert "trainer.max_steps: 3, but checkpoint-4 has more behind it" in refusal(capsys, "pretrain", recipe, "--resume", "trainer.max_steps=3")
+    assert (out / "recipe.yaml").read_text() == said
 
 
 def test_a_decoder_that_sees_what_comes_is_refused(tmp_path):

@@ -149,10 +149,46 @@ def test_architectures_whose_documents_see_each_other_are_refused(architecture):
         forward.check_isolated(model, VOCAB, 32)
 
 
+@pytest.mark.skipif("deepseek_v4" not in transformers.CONFIG_MAPPING, reason="is newer")
+def test_a_leak_that_only_long_rows_show_is_found():
+    """Its layers look at summaries of more than a hundred tokens, whichever document they are of."""
+    model = forward.prepare(models.build({"architecture": "deepseek_v4", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}, VOCAB, NextToken(), 512, 0))
+    forward.check_isolated(model, VOCAB, 32)
+    with pytest.raises(UserError, match="see each other in 'deepseek_v4'"):
+        forward.check_isolated(model, VOCAB, 512)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"architecture": "mobilebert", "num_hidden_layers": 2, "trigram_input": False}, "'mobilebert' projects the vocabulary outside of its output embeddings"),
+        ({"architecture": "gptj", "n_embd": 64, "n_layer": 2, "n_head": 4}, "this 'gptj' cannot read a row of packed documents"),
+    ],
+)
+def test_what_cannot_read_a_packed_row_is_refused(section, message):
+    model = forward.prepare(models.build(section, VOCAB, MaskedTokens() if section["architecture"] == "mobilebert" else NextToken(), 32, 0))
+    with pytest.raises(UserError, match=message):
+        forward.check_isolated(model, VOCAB, 32)
+
+
+def test_windows_that_differ_by_layer_are_refused():
+    class Config(transformers.BertConfig):
+        layer_types = ("sliding_attention",)
+
+        @property
+        def sliding_window(self):
+            raise ValueError("ambiguous")
+
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**SMALL["bert"], vocab_size=50))
+    model.config = Config(**SMALL["bert"])
+    with pytest.raises(UserError, match="'bert' has a window of its own in each layer"):
+        forward.prepare(model)
+
+
 def test_an_architecture_that_takes_no_such_mask_is_refused():
     keys = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = forward.prepare(models.build({"architecture": "deberta-v2", **keys}, VOCAB, MaskedTokens(), 32, 0))
-    with pytest.raises(UserError, match="cannot be told which tokens"):
+    with pytest.raises(UserError, match="cannot read a row of packed documents"):
         forward.check_isolated(model, VOCAB, 32)
 
 

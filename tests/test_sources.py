@@ -109,6 +109,28 @@ def test_a_mark_of_byte_order_and_bytes(tmp_path):
         texts(tmp_path / "x.parquet")
 
 
+def test_splits_of_a_saved_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    some = {name: datasets.Dataset.from_dict({"text": [f"{name} {n}" for n in range(3)]}) for name in ("dev", "test")}
+    datasets.DatasetDict(some).save_to_disk("both")
+    some["dev"].save_to_disk("one")
+    for name in ("both@test", f"{tmp_path}/both@test", "./both/@test"):
+        assert texts(name) == ["test 0", "test 1", "test 2"]
+    prints = {name: corpus.resolve(name)[0].fingerprint() for name in ("both@test", "both@dev", "one")}
+    assert len(set(prints.values())) == 3
+    for name, message in (("both", "holds no split 'train' but dev, test; name one: both@dev"), ("one@test", "one@test: is one dataset without splits; leave @test out")):
+        with pytest.raises(UserError, match=message):
+            texts(name)
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(UserError, match=r"plain is a folder here, and @test chooses among the splits of a dataset; name the files: plain/\*\*/test\*"):
+        texts("plain@test")
+
+
+def test_a_path_is_a_source(tmp_path):
+    (tmp_path / "x.txt").write_text("one\ntwo\n")
+    assert corpus.resolve(tmp_path / "x.txt") == corpus.resolve([tmp_path / "x.txt"]) == corpus.resolve(str(tmp_path / "x.txt"))
+
+
 def test_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     sections = {"data": {"text": "x", "tokenizer": "~/t", "seq_length": 8}, "model": {"from": "~/m"}, "objective": {"name": "masked"}, "trainer": {"output_dir": "o"}}

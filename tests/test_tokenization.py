@@ -9,6 +9,7 @@ import transformers
 
 import lmssl
 from lmssl import tokenization
+from lmssl.data import tokens
 from lmssl.errors import UserError
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
 from lmssl.objectives.base import Row
@@ -67,6 +68,14 @@ def test_scripts_without_spaces_have_words_and_sentences(kind):
     assert [texts[0][spans[n, 1] - 1] for n in np.flatnonzero(vocab.sentence_end[ids])] == ["。", "！"]
 
 
+def test_bytes_of_scripts_without_spaces_are_counted_without_them():
+    texts = ["今天天气很好", "the film was 很好"]
+    made = tokenization.train(texts * 20, "wordpiece", 400)
+    for text in texts:
+        counted = int(made.vocab().token_bytes[made.encode([text])[0]].sum())
+        assert abs(counted - len(text.encode())) <= 1, text
+
+
 def test_a_part_of_a_letter_begins_no_word():
     made = tokenization.load(ASSET)
     ids = made.encode(["one мир señor — two"])[0][1:-1]
@@ -111,11 +120,74 @@ def test_a_tokenizer_without_eos_gets_one_when_its_checkpoint_is_continued(tmp_p
         Backbone.load(str(tmp_path))
 
 
-def test_specials_spelt_in_text_are_text():
-    ids = tokenizer().encode(["a </s> b <mask> <extra_id_3>"])[0]
-    vocab = tokenizer().vocab()
-    assert vocab.special[ids[1:-1]].sum() == 0
-    assert (ids[0], ids[-1]) == (vocab.bos, vocab.eos)
+SPELT = "the </s> film<mask> <extra_id_3> <unk><s> PAD was good"
+
+
+@pytest.mark.parametrize("kind", tokenization.KINDS)
+def test_specials_spelt_in_text_are_text(kind, tmp_path):
+    made = tokenization.train([*sentences(300), SPELT.replace("<", " < ").replace(">", " > ").replace("/", " / ").replace("_3", " _ 3 ")], kind, 480)
+    vocab, decoded = made.vocab(), " ".join(made.round_trip([SPELT])[0].split())
+    assert decoded.replace(" ", "").lower() == SPELT.replace(" ", "").lower()
+    made.save(tmp_path)
+    for again in (made, tokenization.load(tmp_path)):
+        ids = again.encode([SPELT])[0]
+        assert vocab.special[ids[1:-1]].sum() == vocab.special[again.spans([SPELT])[0][0]].sum() == 0
+        assert (ids[0], ids[-1]) == (vocab.bos, vocab.eos)
+    assert vocab.special[made.template("</s><extra_id_3>")].sum() == 2
+
+
+def test_a_special_token_without_a_bracket_is_text_too(tmp_path):
+    """A vocabulary of words holds it as one; what is ordinary stays what it was."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"PAD": 0, "[UNK]": 1, "EOS": 2, "good": 3, "bad": 4}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["PAD", "[UNK]", "EOS"])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="PAD", unk_token="[UNK]", eos_token="EOS").save_pretrained(tmp_path)
+    made = tokenization.load(tmp_path)
+    assert made.encode(["good EOS bad PAD other"])[0].tolist() == [3, 1, 4, 1, 1, 2]
+    assert made.unknown() == 1
+    plain = bert_like(tmp_path / "plain")
+    assert plain.reader is plain.backend, "nothing spells its special tokens"
+
+
+def test_unknown_text_is_refused_or_warned_of(tmp_path, caplog):
+    made = tokenization.train(sentences(100), "wordpiece", 400)
+    for texts, said in ((["\u4e2d\u6587\u5f88\u597d"] * 3, "error"), ([*sentences(20), *["\u4e2d\u6587 good"] * 20], "warning"), (sentences(20), "")):
+        (tmp_path / "x.txt").write_text("\n".join(f"{text} {n}" for n, text in enumerate(texts)))
+        for _ in range(2):  # prepared, and found prepared
+            caplog.clear()
+            if said == "error":
+                with pytest.raises(UserError, match=r"data.text: \d+ of \d+ tokens are unknown to the tokenizer .*lmssl tokenizer TEXT"):
+                    tokens.prepare(tmp_path / "x.txt", made, 0.2, quiet=True)
+            else:
+                tokens.prepare(tmp_path / "x.txt", made, 0.2, quiet=True)
+            assert ("tokens are unknown to" in caplog.text) == (said == "warning")
+    assert tokenizer().unknown() is None
+    assert tokenizer("unigram").unknown() == tokenizer("unigram").backend.token_to_id("<unk>")
+
+
+def test_a_decoder_s_tokenizer_leaves_a_prompt_open(tmp_path):
+    """Behind eos there is nothing to generate."""
+    made = tokenizer()
+    made.for_prompts().save(tmp_path)
+    plain, vocab = transformers.AutoTokenizer.from_pretrained(tmp_path), made.vocab()
+    ids = plain("the film")["input_ids"]
+    assert ids == made.encode(["the film"])[0][:-1].tolist()
+    assert plain("the", "film")["input_ids"].count(vocab.eos) == 1
+    again = tokenization.load(tmp_path)
+    assert again.for_prompts() is again
+    assert again.encode(["the film"])[0][-1] == vocab.eos, "documents still end in it"
+
+
+def test_a_fine_tuned_model_s_tokenizer_pads(tmp_path):
+    """Where there is no token for it, with what the model is padded with: a pipeline cannot batch otherwise."""
+    made = tokenization.load(ASSET)
+    del made.roles["pad"]
+    made.for_inputs(16).save(tmp_path)
+    plain = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert plain.pad_token_id == made.vocab().eos == made.vocab().pad
+    assert plain(["the film", "film"], padding=True)["input_ids"][1][-1] == plain.pad_token_id
 
 
 def test_bytes_of_a_byte_level_vocabulary_are_exact():

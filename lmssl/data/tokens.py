@@ -91,7 +91,8 @@ class _Writer:
         self._stream = pa.ipc.new_stream(str(folder / DATA), self._schema)
         self._texts: list[str] = []
         self._held = 0
-        self.documents = self.tokens = self.bytes = self.leaks = 0
+        self.documents = self.tokens = self.bytes = self.leaks = self.unknown = 0
+        self._unknown = tokenizer.unknown()
 
     def add(self, text: str) -> None:
         self._texts.append(text)
@@ -119,6 +120,8 @@ class _Writer:
         self.documents += len(texts)
         self.tokens += int(offsets[-1])
         self.bytes += int(sizes.sum())
+        if self._unknown is not None:
+            self.unknown += int(np.count_nonzero(values == self._unknown))
 
     def close(self) -> dict[str, int]:
         """Finish; returns the counts."""
@@ -127,7 +130,7 @@ class _Writer:
         state: dict[str, Any] = {"_data_files": [{"filename": DATA}], "_fingerprint": os.urandom(8).hex(), "_format_columns": None, "_format_kwargs": {}, "_format_type": None}
         (self._folder / "state.json").write_text(json.dumps(state | {"_output_all_columns": False, "_split": None}, indent=1) + "\n", encoding="utf-8")
         (self._folder / "dataset_info.json").write_text("{}\n", encoding="utf-8")  # the features follow from the Arrow schema
-        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
+        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes} | ({"unknown": self.unknown} if self.unknown else {})
 
 
 def write(
@@ -274,7 +277,7 @@ def prepare(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"), written(f"the token set {folder}"):
         if kept := _whole(folder):
-            return kept
+            return _known(kept)
         for left in (folder, *folder.parent.glob(f"{key}.part-*")):  # damaged, or of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         total = sum(s.bytes for s in [*train, *held])
@@ -291,7 +294,15 @@ def prepare(
             made = write(texts, tokenizer, folder, corpus.documents(held, bar.update, bad) if held else float(held_out), described, grams, bad)
         if bad.count:
             log.warning("%d bad records skipped, the first: %s", bad.count, bad.first[0])
-        return made
+        return _known(made)
+
+
+def _known(token_set: TokenSet) -> TokenSet:
+    """A token set, refused where its text is mostly unknown to the tokenizer."""
+    counts = token_set.manifest["train"]
+    if counts.get("unknown"):
+        token_set.tokenizer.check_known(counts["unknown"], counts["tokens"], "data.text")
+    return token_set
 
 
 def _whole(folder: Path) -> TokenSet | None:

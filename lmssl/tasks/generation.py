@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lmssl import forward, models
 from lmssl.data.stream import mix
-from lmssl.errors import UserError
+from lmssl.errors import UserError, said
 from lmssl.objectives.base import IGNORE
 from lmssl.tasks.base import Backbone, Item, by_length, inputs_of, padded
 from lmssl.tokenization import Tokenizer
@@ -42,7 +42,33 @@ def model(backbone: Backbone, pretrained: bool, seed: int, beams: int, longest: 
     else:
         made = backbone.build(models.AUTO[backbone.family], pretrained, seed)
     made.generation_config = generation_config(backbone, made, beams, longest)
+    made.generation_config.use_cache = _remembers(made, backbone)
     return forward.prepare(made)
+
+
+@torch.no_grad()
+def _remembers(made: PreTrainedModel, backbone: Backbone) -> bool:
+    """Whether a model that writes with a cache of keys and values writes what it does without one: some architectures of transformers
+    (MegatronBERT, BigBird as a decoder) do not.
+
+    Raises:
+        UserError: it cannot write at all.
+    """
+    ids = torch.from_numpy(backbone.tokenizer.vocab().ordinary[None, :4].astype(np.int64))
+    settings = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 1, "output_logits": True, "return_dict_in_generate": True, "attention_mask": torch.ones_like(ids)}
+
+    def logits(use_cache: bool) -> Tensor:
+        with forward.evaluating(made):
+            return torch.stack(made.generate(ids, use_cache=use_cache, **settings).logits)
+
+    try:
+        plain = logits(False)
+    except Exception as error:
+        raise UserError(f"model.from: this '{backbone.config.model_type}' cannot write: {said(error, 200)}") from error
+    try:
+        return torch.allclose(logits(True), plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
+    except Exception:
+        return False
 
 
 def generation_config(backbone: Backbone, made: PreTrainedModel, beams: int, longest: int | None = None) -> GenerationConfig:
@@ -160,6 +186,7 @@ def generate(made: PreTrainedModel, backbone: Backbone, sources: Sequence[str], 
     decoder = backbone.family == "decoder"
     rows = prompts(backbone, sources, separator, backbone.length // 2 if decoder else backbone.length)
     settings = generation_config(backbone, made, beams, longest)
+    settings.use_cache = made.generation_config.use_cache
 
     def write(members: list[np.ndarray]) -> list[str]:
         inputs = {k: v.to(made.device) for k, v in inputs_of(members, backbone.pad, 1, left=decoder).items()}

@@ -88,14 +88,20 @@ class Ledger:
         self.accepted: list[dict[str, Any]] = []
         """{"after": finished runs, "changed": {key: [then, now]}} of each time that a difference was accepted."""
         self.seconds = 0.0
+        self.outdated = False
+        """Whether the model in the folder is of another recipe, by an accepted difference."""
 
     @property
     def digest(self) -> str:
         """Of the identity: what a run that was begun under another is not to go on with."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    def load(self, accept: Sequence[str] = ()) -> None:
+    def load(self, accept: Sequence[str] = (), most: int = 0) -> None:
         """What an earlier process of this curve finished; nothing where none did.
+
+        Args:
+            accept: keys of the identity that may differ.
+            most: number of labels of the run whose model is saved.
 
         Raises:
             UserError: the file is damaged, or is of a curve that differs and the difference is not in `accept`.
@@ -108,21 +114,26 @@ class Ledger:
             raise UserError(f"--resume: {error}; --overwrite begins anew") from None
         checkpoints.check_accepted(accept, {*found["identity"], *self.identity})
         changed = dict[str, list[Any]]()
-        for key in sorted({*found["identity"], *self.identity}):
-            then, now = found["identity"].get(key), self.identity.get(key)
+        # What inputs are made of follows from other keys too, which say more.
+        for key in sorted({*found["identity"], *self.identity}, key=lambda key: (key == "inputs", key)):
+            then, now = (identity.get(key, dict(UNSAID).get(key.rpartition(".")[2])) for identity in (found["identity"], self.identity))
             if then == now:
                 continue
             if key in SCORED_ON and found["results"]:
                 raise UserError(
                     f"--resume: {key} changed: the finished runs were scored by {then}, this recipe says {now}; --overwrite begins anew, another trainer.output_dir keeps them"
                 )
-            if key not in accept:
-                raise UserError(f"--resume: {key} changed: the finished runs have {then}, this recipe {now}; --accept {key} goes on all the same")
             changed[key] = [then, now]
+        if unknown := [key for key in changed if key not in accept]:
+            (then, now), way_out = changed[unknown[0]], " ".join(f"--accept {key}" for key in unknown)
+            how = f"the finished runs have {then}, this recipe {now}" if unknown[0] != "inputs" else "the finished runs are of an lmssl that made other inputs of a recipe"
+            raise UserError(f"--resume: {unknown[0]} changed: {how}; {way_out} goes on all the same")
         self.results, self.tuning, self.seconds = found["results"], found["tuning"], found["seconds"]
         if any(key.startswith("task.") or key in ("data.max_length", "classes") for key in changed):
             # The recipe beside the saved model is the new one, which others read its inputs by: it is trained again.
-            self.results = [r for r in self.results if not r.get("saved")]
+            self.outdated = any(r.get("saved") for r in self.results)
+            saved = {"labels": most, "init": "pretrained", "seed": 0}
+            self.results = [r for r in self.results if not r.get("saved") and any(r[k] != v for k, v in saved.items())]
         self.accepted = found.get("accepted", []) + ([{"after": len(self.results), "changed": changed}] if changed and self.results else [])
 
     def result(self, **run: Any) -> dict[str, Any] | None:
