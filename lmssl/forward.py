@@ -70,7 +70,8 @@ def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int, kernel
         return
     draw = np.random.default_rng(0).choice(vocab.ordinary, (3, 2 * half))
     draw[1, half:] = draw[0, half:]  # another first document
-    draw[2, :-1] = draw[0, :-1]  # another last token
+    draw[2] = draw[0]
+    draw[2, -1] = vocab.ordinary[vocab.ordinary != draw[0, -1]][0]  # another last token
     ids = torch.from_numpy(draw.astype(np.int64)).to(model.device)
     segments = torch.tensor([[1] * half + [2] * half] * 3, device=model.device)
     more = {"decoder_input_ids": ids, "decoder_segments": segments} if family == "encoder-decoder" else {}
@@ -93,6 +94,23 @@ def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int, kernel
             f"model.architecture: documents packed into one row see each other in '{kind}' (transformers {transformers.__version__} reads their borders from no input there); "
             "take another architecture, for example llama, bert or t5"
         )
+    _check_plain(model, ids[:1, : min(16, half)], family)
+
+
+def _check_plain(model: PreTrainedModel, ids: Tensor, family: str) -> None:
+    """Refuse an architecture that predicts in a row of one document what it does not where transformers calls it plainly, for example with other positions.
+
+    Args:
+        ids: int64 [1, L].
+    """
+    more = {"decoder_input_ids": ids} if family == "encoder-decoder" else {}
+    one = torch.ones_like(ids)
+    segments = {"segments": one, **({"decoder_segments": one} if more else {})}
+    with evaluating(model):
+        packed, plain = (model(input_ids=ids, **more, **kind).logits.float() for kind in (segments, {}))
+    if (packed - plain).abs().max() > 1e-3 * plain.abs().max():
+        kind = model.config.model_type
+        raise UserError(f"model.architecture: '{kind}' reads a row otherwise where it is not told of documents and positions, as transformers calls it; take another architecture")
 
 
 @torch.no_grad()

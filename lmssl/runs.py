@@ -149,8 +149,8 @@ def check(recipe: PretrainRecipe, resume: bool = False) -> tuple[Objective, Toke
     models.check_family(model, objective, recipe.objective["name"])
     tokenizer = recipe.tokenizer()
     tokenizer.check(objective, recipe.objective["name"])
-    if not recipe.continued and not resume:
-        tokenizer.check_architecture(model)
+    if not resume:
+        tokenizer.check_architecture(model, trained=recipe.continued is not None)
     return objective, tokenizer
 
 
@@ -188,6 +188,7 @@ def curve_of(recipe: FinetuneRecipe, values: dict[str, Any], quiet: bool) -> Cur
     task = recipe.task.fitted(train, test)
     task.check_packages()
     backbone = dataclasses.replace(backbone, classes=tuple(curve.in_order_of(backbone.config, curve.check(task, train, test))))
+    backbone.tokenizer.check_architecture(backbone.config, trained=True)
     if (unknown := backbone.tokenizer.unknown()) is not None:
         ids = np.concatenate(backbone.ids([text for example in train[:LOOK] for text in example.texts()]))
         backbone.tokenizer.check_known(int((ids == unknown).sum()), len(ids), "data.train")

@@ -212,13 +212,14 @@ class Tokenizer:
                 f"add it with: lmssl tokenizer --from {self.source or 'FOLDER'} --out NEW_FOLDER"
             )
 
-    def check_architecture(self, config: Any) -> None:
-        """Refuse an architecture of which transformers would read this tokenizer as another.
+    def check_architecture(self, config: Any, trained: bool = False) -> None:
+        """Refuse an architecture of which transformers would read this tokenizer as another; of a model that was trained so, warn.
 
         For some (Qwen2) AutoTokenizer takes the architecture's own class, whatever tokenizer_config.json says, and cuts text by the rules of that.
 
         Args:
             config: the model's, of transformers.
+            trained: whether the model is a checkpoint with this tokenizer.
         """
         from transformers.models.auto import tokenization_auto
 
@@ -229,11 +230,12 @@ class Tokenizer:
             self.save(folder)
             config.save_pretrained(folder)
             found = _theirs(Path(folder))(text, add_special_tokens=False)["input_ids"]
-        if found != self.backend.encode(text, add_special_tokens=False).ids:
-            raise UserError(
-                f"model.architecture: transformers reads every tokenizer of a '{config.model_type}' by rules of that architecture's own, and this one as another than it is; "
-                "take an architecture that has none, for example llama or qwen3"
-            )
+        if found == self.backend.encode(text, add_special_tokens=False).ids:
+            return
+        why = f"transformers reads every tokenizer of a '{config.model_type}' by rules of that architecture's own, and this one as another than it is"
+        if not trained:
+            raise UserError(f"model.architecture: {why}; take an architecture that has none, for example llama or qwen3")
+        log.warning("model.from: %s: %s; lmssl reads it as it is, so the model's answers in plain transformers will be others", self.source, why)
 
     def complete(self, sentinels: bool = True) -> list[str]:
         """Add the missing of pad, bos, eos, mask and the 100 sentinels; returns the added tokens in id order."""

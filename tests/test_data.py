@@ -99,6 +99,22 @@ def test_a_json_file_made_to_fill_the_memory(tmp_path):
         list(corpus.documents(corpus.resolve(str(tmp_path / "x.json.gz"))))
 
 
+def test_a_changed_byte_in_a_cache_is_noticed(tmp_path, monkeypatch, caplog):
+    """As disks make them: the file is as long as before, and reads."""
+    monkeypatch.setenv("LMSSL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "x.txt").write_text("\n".join(sentences(30)))
+    made = tokens.prepare(str(tmp_path / "x.txt"), tokenizer(), 0.1)
+    path = made.folder / "train" / tokens.DATA
+    whole = path.read_bytes()
+    ids = made.row(0, 16, 0).ids.astype("<u2").tobytes()
+    assert ids in whole
+    path.unlink()
+    path.write_bytes(whole.replace(ids, bytes([ids[0], ids[1], ids[2] ^ 1]) + ids[3:]))
+    again = tokens.prepare(str(tmp_path / "x.txt"), tokenizer(), 0.1)
+    assert "train is not what was written; it is prepared again" in caplog.text
+    assert (again.folder / "train" / tokens.DATA).read_bytes() == whole
+
+
 def test_a_folder_of_somebody_s_is_not_replaced(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")

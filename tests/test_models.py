@@ -171,6 +171,19 @@ def test_what_cannot_read_a_packed_row_is_refused(section, message):
         forward.check_isolated(model, VOCAB, 32)
 
 
+def test_positions_that_a_plain_call_counts_otherwise_are_refused(monkeypatch):
+    """Nystromformer's begin at 2 there, and so do those of its kin."""
+    monkeypatch.setattr(forward, "position_offset", lambda model: 2)
+    model = forward.prepare(small_model("bert", VOCAB, 64))
+    with pytest.raises(UserError, match="'bert' reads a row otherwise where it is not told"):
+        forward.check_isolated(model, VOCAB, 32)
+    section = {"architecture": "nystromformer", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "num_landmarks": 64}
+    monkeypatch.undo()
+    model = forward.prepare(models.build(section, VOCAB, MaskedTokens(), 64, 0))
+    with pytest.raises(UserError, match="'nystromformer' "):
+        forward.check_isolated(model, VOCAB, 64)
+
+
 def test_windows_that_differ_by_layer_are_refused():
     class Config(transformers.BertConfig):
         layer_types = ("sliding_attention",)

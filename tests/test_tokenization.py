@@ -180,6 +180,15 @@ def test_a_decoder_s_tokenizer_leaves_a_prompt_open(tmp_path):
     assert again.encode(["the film"])[0][-1] == vocab.eos, "documents still end in it"
 
 
+def test_a_checkpoint_that_transformers_misreads_is_warned_of(caplog):
+    config = transformers.Qwen2Config(vocab_size=8192)
+    tokenization.load(ASSET).check_architecture(config, trained=True)
+    assert "transformers reads every tokenizer of a 'qwen2' by rules of that architecture's own" in caplog.text
+    caplog.clear()
+    tokenization.load(ASSET).check_architecture(transformers.LlamaConfig(), trained=True)
+    assert not caplog.text
+
+
 def test_a_fine_tuned_model_s_tokenizer_pads(tmp_path):
     """Where there is no token for it, with what the model is padded with: a pipeline cannot batch otherwise."""
     made = tokenization.load(ASSET)

@@ -17,6 +17,7 @@ import logging
 import mmap
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import chain, pairwise
@@ -163,6 +164,7 @@ def write(
             raise _nothing_to_train_on(sources or [], counts["held_out"]["documents"], train.leaks, bad)
         tokenizer.save(stage / "tokenizer")
         manifest = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocabulary": tokenizer.size, "sources": sources or [], "duplicates": duplicates, **counts}
+        manifest["crc32"] = {split: _crc32(stage / split / DATA) for split in ("train", "held_out")}
         manifest |= {"decontaminated": train.leaks} if tests is not None else {}
         if bad and bad.skip:
             manifest["bad_records"] = {"skipped": bad.count, "first": bad.first}
@@ -314,10 +316,22 @@ def _whole(folder: Path) -> TokenSet | None:
         found.held_out()
         if found.tokenizer.hash != found.manifest["tokenizer"]:
             raise UserError(f"{folder}: its tokenizer is another")
+        for split, value in found.manifest.get("crc32", {}).items():
+            if _crc32(folder / split / DATA) != value:
+                raise UserError(f"{folder}: {split} is not what was written")
         return found
     except UserError as error:
         log.warning("%s; it is prepared again", error)
         return None
+
+
+def _crc32(path: Path) -> int:
+    """Of a file, which a disk may have changed."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def _progress(total: int, quiet: bool) -> Any:
