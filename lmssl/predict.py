@@ -73,10 +73,9 @@ def _check_layout(checkpoint: str, task: Task, backbone: Backbone) -> None:
 
     columns = [name for key in ("text_a", "text_b", "text", "question", "context", "source") if (name := getattr(task, key, None))]
     example = task.unlabelled({name: f"what {name} says" for name in columns}, "")
-    texts = (example.question, example.text) if task.name == "qa" else tuple(text for text in example.texts() if text)  # a translation is not known yet
     here = [int(i) for i in task.encode(backbone, [example])[0][0]["input_ids"]]
     with refused(f"{checkpoint}: its tokenizer"):
-        own = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)(*texts)
+        own = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)(*task.parts(example))
     typed = getattr(backbone.config, "type_vocab_size", 0) > 1 and any(own.get("token_type_ids", ()))
     if own["input_ids"] != here or typed:
         raise UserError(
@@ -100,8 +99,7 @@ def _named(source: corpus.Source, field: str | None, task: Task) -> Iterator[cor
         return
     for record, where in corpus.records(source):
         if field is None:
-            needs = "a question and a context; give .jsonl, .csv, .parquet or SQuAD .json" if task.name == "qa" else "two texts; give .jsonl, .csv or .parquet"
-            raise UserError(f"{where}: this task needs {needs}")
+            raise UserError(f"{where}: this task needs {task.needs}")
         if record["text"].strip():
             yield {field: record["text"]}, where
 

@@ -176,7 +176,7 @@ def _draw_loss(ax: Any, curve: list[dict[str, float]], held: dict[str, float]) -
     if measured:
         ax.plot([c["step"] for c in measured], [c["held_out_loss"] for c in measured], "o-", color=COLOURS["held out"], label="held out")
     ax.set(xlabel="optimizer step", ylabel="loss (nats a labelled token)")
-    ax.legend(frameon=False)
+    ax.figure.legend(frameon=False, loc="outside upper center", ncols=4)  # beside the curves, of which any may be under it
 
 
 def _draw_speed(ax: Any, curve: list[dict[str, float]]) -> None:
@@ -206,4 +206,4 @@ def _draw_labels(ax: Any, metrics: dict[str, Any]) -> None:
     ax.set_xticks(ticks, [f"{v:,}" if v in named else "" for v in ticks])
     ax.minorticks_off()
     ax.set(xlabel="labelled examples", ylabel=f"{metrics['metric']} (%)")
-    ax.legend(frameon=False)
+    ax.figure.legend(frameon=False, loc="outside upper center", ncols=4)  # beside the curves, of which any may be under it

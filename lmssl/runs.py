@@ -131,7 +131,7 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
         metrics["evaluated"] = before["evaluated"]
     if first:
         with written(f"the results in {out}"):
-            output.write(out / "README.md", cards.task_card(metrics, output.plain(resolved)))
+            output.write(out / "README.md", cards.task_card(task, metrics, output.plain(resolved)))
             output.write_json(out / "metrics.json", metrics)
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return metrics

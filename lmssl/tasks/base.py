@@ -79,6 +79,8 @@ class Task(ABC):
     """The field that names the column of a lone text, for inputs without columns; None where one text is not enough."""
     classes: ClassVar[bool]
     """Whether labels are classes, by which subsets are stratified."""
+    needs: ClassVar[str] = "two texts; give .jsonl, .csv or .parquet"
+    """What an input is where a lone text is not enough, and the files that hold it; for a refusal."""
 
     labels: list[int] = field(default_factory=lambda: [20, 100, 500])
     """Numbers of labelled examples, each a prefix of the next."""
@@ -145,6 +147,20 @@ class Task(ABC):
     @abstractmethod
     def finish(self, backbone: Backbone) -> Tokenizer:
         """The tokenizer to save with a fine-tuned model, so that plain transformers makes the same inputs."""
+
+    def parts(self, example: Any) -> tuple[str, ...]:
+        """The texts of an input, in the order in which a tokenizer is given them."""
+        return (example.text,)
+
+    def usage(self, folder: str, decoder: bool, written: bool) -> str:
+        """Python that uses the fine-tuned model in plain transformers, for its card; "" where there is none to show.
+
+        Args:
+            folder: of the model, as a Python literal.
+            decoder: whether the model is one.
+            written: whether it writes its answers.
+        """
+        return ""
 
     def fitted(self, train: Sequence[Any], test: Sequence[Any]) -> Any:
         """The task with what is left to the labelled data decided, which the test set has no part in; refused where the two do not suit it."""

@@ -197,6 +197,16 @@ def generate(made: PreTrainedModel, backbone: Backbone, sources: Sequence[str], 
     return by_length(rows, len, batch, write)
 
 
+def usage(folder: str, decoder: bool, text: str) -> str:
+    """Python that has a saved model write behind a text in plain transformers."""
+    auto, new = ("AutoModelForCausalLM", '[:, inputs["input_ids"].shape[1] :]') if decoder else ("AutoModelForSeq2SeqLM", "")
+    return f"""\
+from transformers import {auto}, AutoTokenizer
+model, tokenizer = {auto}.from_pretrained({folder}), AutoTokenizer.from_pretrained({folder})
+inputs = tokenizer([{text!r}], return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**inputs){new}, skip_special_tokens=True))"""
+
+
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
     """The text before the first eos, special tokens left out, white space made single."""
     eos = tokenizer.id("eos")

@@ -85,6 +85,7 @@ class QuestionAnswering(Task):
     metric = "f1"
     column: ClassVar[str | None] = None
     classes: ClassVar[bool] = False
+    needs: ClassVar[str] = "a question and a context; give .jsonl, .csv, .parquet or SQuAD .json"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,6 +232,31 @@ class QuestionAnswering(Task):
         """{id: answer}, as the official evaluation script reads it."""
         folder.mkdir(parents=True, exist_ok=True)
         output.write_json(folder / f"{name}.json", {e.id: answer for e, answer in zip(examples, outputs, strict=True)})
+
+    def parts(self, example: Any) -> tuple[str, ...]:
+        return example.question, example.text
+
+    def usage(self, folder: str, decoder: bool, written: bool) -> str:
+        if written:
+            return generation.usage(folder, decoder, f"The question?{self.separator}The text with the answer." + (self.separator if decoder else ""))
+        null = ""
+        if self.no_answer:
+            at = -1 if decoder else 0
+            null = f"""null = outputs.start_logits[0, {at}] + outputs.end_logits[0, {at}]
+answer = "" if null - scores.max() > {self.null_margin} else answer  # unanswerable
+"""
+        return f"""\
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+model, tokenizer = AutoModelForQuestionAnswering.from_pretrained({folder}), AutoTokenizer.from_pretrained({folder})
+question, context = "Who wrote it?", "It was written by Ada Lovelace in 1843."
+inputs = tokenizer(question, context, return_tensors="pt", return_offsets_mapping=True, truncation="only_second")
+spans, inside = inputs.pop("offset_mapping")[0], [i for i, s in enumerate(inputs.sequence_ids()) if s == 1]
+outputs = model(**inputs)
+scores = outputs.start_logits[0, inside, None] + outputs.end_logits[0, None, inside]
+scores = scores.where(scores.new_ones(scores.shape).triu().tril({self.longest} - 1) > 0, float("-inf"))
+start, end = (inside[i] for i in divmod(scores.argmax().item(), len(inside)))
+answer = context[spans[start][0] : spans[end][1]].strip()
+{null}print(answer)"""
 
     def finish(self, backbone: Backbone) -> Tokenizer:
         decoder = backbone.family == "decoder"

@@ -235,6 +235,16 @@ class Sentiment(Task):
         super().write_outputs(folder, name, examples, outputs)
         output.write(folder / "examples.jsonl", "".join(json.dumps({"where": e.where, "label": e.label}) + "\n" for e in examples))
 
+    def parts(self, example: Any) -> tuple[str, ...]:
+        return (example.text, example.second) if self.text_b else (example.text,)
+
+    def usage(self, folder: str, decoder: bool, written: bool) -> str:
+        text = {"text": "The first text.", "text_pair": f"The second.{self.cue}"} if self.text_b else f"A text to work on.{self.cue}"
+        return f"""\
+from transformers import pipeline
+classify = pipeline("text-classification", model={folder})
+print(classify({text!r}, truncation=True))"""
+
     def finish(self, backbone: Backbone) -> Tokenizer:
         """Decoders are given no closing eos; a long text is cut on the side that the training cut."""
         side = "right" if self.keep == "start" else "left"

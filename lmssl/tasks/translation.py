@@ -120,6 +120,9 @@ class Translation(Task):
         super().check_packages()
         _metrics()
 
+    def usage(self, folder: str, decoder: bool, written: bool) -> str:
+        return generation.usage(folder, decoder, "A text to work on." + (self.separator if decoder else ""))
+
     def finish(self, backbone: Backbone) -> Tokenizer:
         decoder = backbone.family == "decoder"
         return backbone.tokenizer.for_inputs(backbone.length, closing=not decoder, padding_side="left" if decoder else "right")
