@@ -156,6 +156,8 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
         raise UserError("trainer.optim: schedule-free optimizers train other weights than they mean to be judged by, and lmssl judges and saves those that train; use adamw_torch")
     if values.get("use_cpu") and not defaults.get("use_cpu"):  # a GPU's precision and workers are none of the CPU's
         defaults = {k: v for k, v in defaults.items() if k not in ("tf32", "dataloader_num_workers")} | {"bf16": native_bf16("cpu"), "use_cpu": True}
+    if values.get("fp16") and "bf16" not in values:  # one of two
+        defaults = {k: v for k, v in defaults.items() if k != "bf16"}
     if "num_train_epochs" in values:
         if "max_steps" in values:
             raise UserError("trainer.num_train_epochs: max_steps is set as well; keep one of them")
@@ -213,8 +215,6 @@ def build(values: Mapping[str, Any]) -> TrainingArguments:
         args = TrainingArguments(**{k: v for k, v in values.items() if k not in OURS})
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         raise UserError("trainer.dataloader_persistent_workers: there are no workers; trainer.dataloader_num_workers=2 has some")
-    if args.fp16 and args.device.type == "cpu":
-        raise UserError("trainer.fp16: half precision needs a GPU; on a CPU use trainer.bf16=true, where it has bfloat16")
     _try(args, values)
     check(args)
     if not args.use_cpu and args.world_size > 1 and args.device.type == "cpu":
@@ -224,6 +224,8 @@ def build(values: Mapping[str, Any]) -> TrainingArguments:
 
 def check(args: TrainingArguments) -> None:
     """Refuse what would train something else than was asked for, or end in a traceback; of several GPUs in sight one is taken."""
+    if args.fp16 and args.device.type == "cpu":
+        raise UserError("trainer.fp16: half precision needs a GPU; on a CPU use trainer.bf16=true, where it has bfloat16")
     for name in UNUSABLE:
         if getattr(args, name, None):
             raise UserError(f"trainer.{name}: not to be set: {OWNED[name]}")

@@ -7,13 +7,15 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from lmssl import evidence
+from lmssl import config, evidence
 from lmssl.models import AUTO
 
 if TYPE_CHECKING:
     from lmssl.tasks.base import Task
+
+
+HEAD = "---\nlibrary_name: transformers\ntags: [lmssl"
+"""What every card begins with, and nobody else's README."""
 
 
 def _quoted(text: str) -> str:
@@ -26,11 +28,11 @@ def _quoted(text: str) -> str:
 
 
 def _card(folder: str, tags: list[str], text: str) -> str:
-    return f"---\nlibrary_name: transformers\ntags: [{', '.join(['lmssl', *tags])}]\n---\n# {Path(folder).name}\n\n{text}"
+    return f"{HEAD}{''.join(f', {tag}' for tag in tags)}]\n---\n# {Path(folder).name}\n\n{text}"
 
 
 def _recipe(recipe: dict[str, Any]) -> str:
-    return f"The recipe that made it (`recipe.yaml`):\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False, width=100).rstrip()}\n```\n"
+    return f"The recipe that made it (`recipe.yaml`):\n\n```yaml\n{config.dump(recipe).rstrip()}\n```\n"
 
 
 def model_card(metrics: dict[str, Any], recipe: dict[str, Any]) -> str:

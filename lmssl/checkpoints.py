@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lmssl.errors import UserError, did_you_mean
+from lmssl.errors import UserError, did_you_mean, said
 
 MANIFEST = "lmssl-manifest.json"
 KEEP = 2
@@ -154,6 +154,8 @@ def verify(folder: Path) -> dict[str, Any]:
         Damaged: no manifest, one of another step, a file missing, of another size or content, or weights that are
             not finite.
     """
+    from safetensors import SafetensorError
+
     manifest = read_signed(folder / MANIFEST)
     if step_of(folder) not in (-1, manifest["step"]):
         raise Damaged(f"{folder.name}/{MANIFEST} is of step {manifest['step']}")
@@ -163,11 +165,13 @@ def verify(folder: Path) -> dict[str, Any]:
             raise Damaged(f"{folder.name}/{name} is missing")
         if path.stat().st_size != expected["bytes"]:
             raise Damaged(f"{folder.name}/{name} has {path.stat().st_size} bytes, expected {expected['bytes']}")
-        if sha256(path) != expected["sha256"]:
-            raise Damaged(f"{folder.name}/{name} differs from its sha256")
-    for path in folder.glob("*.safetensors"):
-        if name := _non_finite(path):
-            raise Damaged(f"{folder.name}/{path.name}: the weight {name} is not finite")
+        try:
+            if sha256(path) != expected["sha256"]:
+                raise Damaged(f"{folder.name}/{name} differs from its sha256")
+            if weight := _non_finite(path) if path.suffix == ".safetensors" else None:
+                raise Damaged(f"{folder.name}/{name}: the weight {weight} is not finite")
+        except (OSError, SafetensorError) as error:
+            raise Damaged(f"{folder.name}/{name} cannot be read: {said(error)}") from error
     return manifest
 
 
@@ -216,8 +220,10 @@ def fits(folder: Path, shapes: Mapping[str, Sequence[int]], tied: Mapping[str, C
     from safetensors import safe_open
 
     found: dict[str, list[int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as tensors:
+    for name in sorted(read_signed(folder / MANIFEST)["files"]):
+        if not name.endswith(".safetensors"):
+            continue
+        with safe_open(folder / name, "pt") as tensors:
             found |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 - not a mapping
     for name in sorted(set(shapes) | set(found)):
         here = f"{folder.name}/model.safetensors: the weight {name}"
@@ -253,6 +259,20 @@ def newest(root: Path, check: Callable[[Path, dict[str, Any]], None] = lambda fo
     if candidates:
         raise UserError(f"{root}: no checkpoint is whole, so nothing can be resumed: {'; '.join(rejected)}; --overwrite starts again")
     return None, {}, rejected
+
+
+def only(folder: Path, check: Callable[[Path, dict[str, Any]], None]) -> tuple[Path, dict[str, Any], list[str]]:
+    """As `newest`, of a checkpoint that somebody chose.
+
+    Raises:
+        UserError: it is not whole, or not to be resumed from.
+    """
+    try:
+        manifest = verify(folder)
+        check(folder, manifest)
+    except Damaged as error:
+        raise UserError(f"{error}; resume_point() finds the newest whole one") from error
+    return folder, manifest, []
 
 
 def set_aside(root: Path, newer_than: int) -> None:

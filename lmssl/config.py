@@ -7,8 +7,11 @@ fields of ours, through `lmssl.arguments.resolve`, with the same checks.
 """
 
 import dataclasses
+import importlib
 import json
+import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -26,17 +29,15 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars: `1e-4` is a number, `no`, `on`, `1:30` and `0100` are text, and a key that stands twice is refused."""
 
 
-_REPLACED = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp")}
+_INT = re.compile(r"^[-+]?(?:0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:_[0-9]{3})+|0x[0-9a-fA-F]+)$")
+_FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)|[0-9]+\.[0-9]*)$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$")
+_REPLACED = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp", "value", "merge")}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, regexp) for tag, regexp in resolvers if tag not in _REPLACED] for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:_[0-9]{3})+|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)|[0-9]+\.[0-9]*)$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"),
-    list("-+0123456789."),
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
@@ -101,9 +102,15 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = (), sections
 def of_folder(folder: str | Path) -> dict[str, Any]:
     """The recipe.yaml that a run left in its folder; empty where there is none, or another program's. `task` is among its sections where it was fine-tuned."""
     path = Path(folder) / "recipe.yaml"
+    text = ""
     try:
-        found = parse_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+        text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
+        found = parse_yaml(text, str(path))
     except UnicodeDecodeError:
+        return {}
+    except UserError:
+        if re.search("^trainer:", text, re.MULTILINE):  # one of ours
+            raise
         return {}
     ours = isinstance(found, dict) and found.keys() <= {"task", "data", "model", "objective", "trainer"} and all(isinstance(section, dict) for section in found.values())
     return found if ours else {}
@@ -141,6 +148,8 @@ def _is_text(value: str) -> bool:
     """Whether an override means what it says, letter by letter, where YAML would read a comment (a headless table's column #1, a cue with a #), the
     name of something said before (*.jsonl), or the key of a mapping (a cue that ends with a colon)."""
     bare = value.strip()
+    if bare[:1] in tuple("-?=,.<") and not (_INT.match(bare) or _FLOAT.match(bare)):  # signs of YAML's; a separator may be one
+        return True
     return bare[:1] in tuple("#*&!%@`|>") or (bare[:1] not in tuple("[{'\"") and (" #" in bare or ": " in bare or bare.endswith(":")))
 
 
@@ -167,6 +176,12 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     """One value converted to one annotation, by pydantic's rules, except that true and false are never numbers."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+    if isinstance(value, list | tuple):
+        value = [os.fspath(part) if isinstance(part, os.PathLike) else part for part in value]
+    elif isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    elif hasattr(value, "columns"):  # pydantic would take its names for a list
+        raise UserError(f"{where}: expected {describe(annotation)}, got a {type(value).__name__}; write it to a file and name that")
     try:
         result = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
@@ -189,6 +204,26 @@ def describe(annotation: Any) -> str:
     if origin in (list, tuple):
         return "a list of " + describe(args[0]) if args else "a list"
     return words.get(origin, getattr(annotation, "__name__", str(annotation)))
+
+
+def imported(name: str, choices: typing.Iterable[str], where: str) -> Any:
+    """What `package.module:Name` means, from the working folder too.
+
+    Args:
+        choices: names that need no module, for a refusal.
+
+    Raises:
+        UserError: no such thing, or a module that fails.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise UserError(f"{where}: nothing is called '{name}'; {did_you_mean(name, choices)}, or your own: package.module:Class")
+    if os.getcwd() not in sys.path:  # the command's own path begins in its folder, not in the user's
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever stands in it may fail
+        raise UserError(f"{where}: '{name}' cannot be imported: {type(error).__name__}: {said(error)}") from error
 
 
 def build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
@@ -216,6 +251,13 @@ class _Dumper(yaml.SafeDumper):
     """Quotes what `_Loader` would read as something else."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def _quoted(dumper: _Dumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if set(text) & set("\x85\u2028\u2029\ufeff") else None)
+
+
+_Dumper.add_representer(str, _quoted)
 
 
 def dump(recipe: Mapping[str, Any], ascii: bool = False) -> str:

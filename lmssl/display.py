@@ -12,6 +12,8 @@ from lmssl.data.stream import Stream
 from lmssl.objectives.base import IGNORE, Arrays, Vocab, first_tokens
 from lmssl.tokenization import Tokenizer
 
+DIRECTIONS = set("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that turn around how a terminal shows what follows."""
 STYLES = {"plain": "", "special": "2", "mask": "30;43", "random": "30;41", "kept": "30;46", "sentinel": "30;45"}
 """ANSI codes by what happened to a token."""
 MARKS = {"mask": ("[", "]"), "random": ("{", "}"), "kept": ("(", ")"), "sentinel": ("", "")}
@@ -96,7 +98,7 @@ def _visible(text: str) -> str:
     >>> _visible("two\\nlines\\x1b[2J")
     'two lines\\\\x1b[2J'
     """
-    return "".join(" " if c in "\n\t" else repr(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in text)
+    return "".join(" " if c in "\n\t" else repr(c)[1:-1] if unicodedata.category(c) == "Cc" or c in DIRECTIONS else c for c in text)
 
 
 def _split(text: str) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -322,7 +323,8 @@ def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Fami
         raise UserError(f"data.seq_length: the rows need {needed} positions, {source} has {positions}")
     try:
         keys = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32, **attention(seq_length, config, section), **_whole_attention(config)}
-        model, info = AUTO[family].from_pretrained(source, output_loading_info=True, **keys)
+        with quietly():
+            model, info = AUTO[family].from_pretrained(source, output_loading_info=True, **keys)
     except Exception as error:
         raise UserError(f"model.from: {source}: the weights cannot be loaded: {said(error)}{pickled(source)}") from error
     if info["missing_keys"]:
@@ -336,6 +338,17 @@ def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Fami
         model.config.pad_token_id = vocab.pad
     train_every_token(model, vocab.pad, vocab.eos)
     return model
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Inside, transformers says nothing of weights that a checkpoint lacks: a head always is one, and what else is missing lmssl says itself."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def pickled(source: str) -> str:

@@ -16,7 +16,7 @@ from lmssl.ranks import processes
 def write(path: Path, text: str) -> None:
     """Whole or not there: written beside, then renamed."""
     beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
+    beside.write_text(text, encoding="utf-8", errors="backslashreplace")  # a folder's name need not be UTF-8
     beside.replace(path)
 
 

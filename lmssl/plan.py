@@ -25,7 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
 from lmssl import arguments, forward, machine, models, output, packing, runs
 from lmssl.data.stream import Stream, count_tokens
-from lmssl.errors import Interrupted, UserError, out_of_memory
+from lmssl.errors import Interrupted, Stopped, UserError, out_of_memory
 from lmssl.objectives.cross_entropy import token_loss
 from lmssl.optimizers import outer_parameters
 from lmssl.recipe import DataSection, FinetuneRecipe, PretrainRecipe, prepared
@@ -273,7 +273,7 @@ def scaled(section: dict[str, Any], config: PretrainedConfig, factor: float) -> 
         if name in DEPTHS:
             new[name] = max(1, round(value * math.sqrt(factor)))
         elif name in HEADS:
-            new[name] = max(1, round(value * made / heads))
+            new[name] = 1 if value == 1 < heads else max(1, round(value * made / heads))  # one head of keys for all stays one
         elif name in WIDTHS[:3]:
             new[name] = value * made // heads
         else:
@@ -304,6 +304,8 @@ def ladder(wanted: PretrainRecipe, minutes: float) -> Iterator[Rung]:
     unique, seen = stream.rows * int(count_tokens(batch)) / rows, list[Rung]()
     for factor in STEPS_OF_THE_LADDER:
         section = scaled(wanted.model, config, factor)
+        if seen and section == seen[-1].model:  # of few heads or layers
+            continue
         model = forward.prepare(models.build(section, stream.vocab, objective, length, args.seed), collator.most_documents is not None)
         forward.check_isolated(model, stream.vocab, length)
         inner = inner_parameters(model)
@@ -333,13 +335,20 @@ def plan(wanted: PretrainRecipe, minutes: float) -> tuple[list[Rung], Rung, dict
     length = wanted.data.seq_length
     budget = 6 * best.inner * best.tokens
     rows = max(8, 2 ** round(math.log2(batch_tokens(budget) / length)))
-    micro = min(rows, 64)
+    micro = min(rows, wanted.trainer.get("per_device_train_batch_size") or 64)
+    rows -= rows % micro
     trainer = {k: v for k, v in wanted.trainer.items() if k not in ("max_steps", "num_train_epochs", "gradient_accumulation_steps")}
-    trainer |= {"per_device_train_batch_size": micro} | ({"gradient_accumulation_steps": rows // micro} if rows > micro else {})
     # As many steps as the run will have, near enough, since they decide whether it compiles; `cost` takes the first few.
     expected = max(WARM + TIMED, round(best.tokens / rows / length))
-    made = dataclasses.replace(wanted, model=best.model, trainer=trainer | {"max_steps": expected})
-    measured = cost(made)
+    while True:
+        trainer |= {"per_device_train_batch_size": micro} | ({"gradient_accumulation_steps": rows // micro} if rows > micro else {})
+        try:
+            measured = cost(dataclasses.replace(wanted, model=best.model, trainer=trainer | {"max_steps": expected}))
+            break
+        except Stopped as error:
+            if micro % 2 or error.__cause__ is None or not out_of_memory(error.__cause__):
+                raise
+            micro //= 2
     steps = max(1, int((minutes * 60 - measured.first_seconds) / measured.step_seconds))
     trainer["max_steps"] = steps
     per_step = measured.tokens / measured.steps
@@ -359,4 +368,6 @@ def table(rungs: list[Rung], best: Rung) -> str:
     for rung in rungs:
         mark = ">" if rung is best else " "
         rows.append(f"{mark} {rung.inner:>12,} {rung.tokens_per_second:>10,.0f} {rung.peak_share:>8.0%} {rung.tokens:>13,.0f} {rung.epochs:>7.2f} {rung.loss:>7.3f}")
+    if best in (rungs[0], rungs[-1]):
+        rows.append(f"the {'smallest' if best is rungs[0] else 'largest'} size that was tried; a recipe of another may do better")
     return "\n".join([*rows, "parameters outside the embeddings; * by the scaling law, comparable within this table alone"])

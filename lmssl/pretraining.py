@@ -10,22 +10,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from lmssl import arguments, forward, machine, models, output, packing
 from lmssl.arguments import FEWER_ROWS
-from lmssl.data.stream import Collator, Stream, two_lengths
+from lmssl.data.stream import Collator, Stream, generator, two_lengths
 from lmssl.data.tokens import TokenSet
 from lmssl.errors import Diverged, UserError, fitting
 from lmssl.evaluation import held_out, held_out_stream
-from lmssl.objectives import fields_of
+from lmssl.objectives import MEMBERS, fields_of
 from lmssl.objectives.base import IGNORE, Objective
 from lmssl.objectives.cross_entropy import token_loss
 from lmssl.trainer import ExactTrainer
+from lmssl.watch import of_the_data
 
 log = logging.getLogger("lmssl")
+
+LOOK = 4
+"""Items that an objective is judged by before the run."""
 
 
 class PretrainTrainer(ExactTrainer):
@@ -57,16 +62,18 @@ class PretrainTrainer(ExactTrainer):
         on_spike: str = "warn",
         worker_timeout: float = 300,
     ):
+        _check_kinds(model, objective, train_dataset)
         section = output.plain(fields_of(objective))
         family = models.check_family(model.config, objective, section["name"])
         tokenizer = train_dataset.tokenizer
         tokenizer.check(objective, section["name"])
         self.saved_tokenizer = tokenizer.for_prompts() if family == "decoder" else tokenizer
         self.objective = objective
-        self.seq_length = length = _checked_length(model, train_dataset, args, seq_length)
+        self.seq_length = length = _checked_length(model, train_dataset, args, seq_length, objective)
         self.start = models.decoder_start(model.config)
         batch = arguments.global_batch(vars(args))
         stream = Stream(train_dataset, objective, length, args.seed, args.max_steps * batch, self.start)
+        check_items(stream, family)
         collator = packing.collator(stream, length, family, args.device, two_lengths(stream, length))
         kernel = collator.most_documents is not None
         if doubt := getattr(objective, "doubt", lambda *_: None)(length, stream.vocab):
@@ -179,7 +186,61 @@ class PretrainTrainer(ExactTrainer):
         }
 
 
-def _checked_length(model: PreTrainedModel, token_set: TokenSet, args: TrainingArguments, seq_length: int | None) -> int:
+def _check_kinds(model: Any, objective: Any, token_set: Any) -> None:
+    """Refuse what is none of the things that a trainer is made of, saying what makes one."""
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"model: expected a model of transformers, got {type(model).__name__}; lmssl.build_model makes one")
+    if isinstance(objective, type) or not all(hasattr(objective, name) for name in MEMBERS):
+        given = f"the class {objective.__name__}" if isinstance(objective, type) else f"{objective!r:.40}"
+        raise UserError(f"objective: expected an objective, got {given}; for example lmssl.MaskedTokens(rate=0.3)")
+    if not isinstance(token_set, TokenSet):
+        raise UserError(f"train_dataset: expected a token set, got {type(token_set).__name__}; lmssl.prepare or lmssl.from_iterable makes one")
+
+
+def check_items(stream: Stream, family: str | None = None) -> None:
+    """Refuse an objective whose first items are not what `Objective.__call__` promises.
+
+    Args:
+        family: of the model, where it is known: the first token of a decoder's row cannot be asked.
+    """
+    name = f"objective.name: '{fields_of(stream.objective)['name']}'"
+    try:
+        bounds = stream.objective.lengths(stream.row_length)
+        if not all(isinstance(bounds.get(kind), tuple | list) and bounds[kind] for kind in ("input_ids", "labels")):
+            raise UserError(f"{name}: lengths must give a tuple for input_ids and one for labels, not {bounds!r}")
+        items = [stream.objective(stream.row(i), stream.vocab, generator(stream.seed, i)) for i in range(min(LOOK, len(stream)))]
+    except UserError:
+        raise
+    except Exception as error:  # anybody's own code
+        raise UserError(f"{name}: {of_the_data(error)}") from error
+    for number, item in enumerate(items):
+        if wrong := _wrong(item, stream.vocab.size, family):
+            raise UserError(f"{name}: item {number}: {wrong}")
+
+
+def _wrong(item: Any, size: int, family: str | None) -> str | None:
+    """What is wrong with what an objective returned, None where it will do."""
+    if not isinstance(item, dict):
+        return f"expected arrays by name, got {type(item).__name__}"
+    decoder = ["decoder_input_ids", "decoder_segments"] if family == "encoder-decoder" or "decoder_input_ids" in item else []
+    if missing := [name for name in ("input_ids", "segments", *decoder, "labels") if name not in item]:
+        return f"no {' and no '.join(missing)}"
+    for name, array in item.items():
+        if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
+            return f"{name} must be a one-dimensional array of whole numbers, not {f'{array.dtype} {array.shape}' if isinstance(array, np.ndarray) else type(array).__name__}"
+    for one, other in (("input_ids", "segments"), *([("decoder_input_ids", "decoder_segments"), ("decoder_input_ids", "labels")] if decoder else [("input_ids", "labels")])):
+        if len(item[one]) != len(item[other]):
+            return f"{other} has {len(item[other])} entries, {one} {len(item[one])}"
+    for name in ("input_ids", *decoder[:1], "labels"):
+        ids = item[name][item[name] != IGNORE] if name == "labels" else item[name]
+        if len(ids) and not (ids.min() >= 0 and ids.max() < size):
+            return f"{name} holds {ids.min() if ids.min() < 0 else ids.max()}; ids are 0 to {size - 1}" + (f", and what is not asked {IGNORE}" if name == "labels" else "")
+    if family == "decoder" and len(item["labels"]) and item["labels"][0] != IGNORE:
+        return f"the first token of a row is asked, and nothing stands before it: labels are unshifted, as transformers' own, and {IGNORE} there"
+    return None
+
+
+def _checked_length(model: PreTrainedModel, token_set: TokenSet, args: TrainingArguments, seq_length: int | None, objective: Objective) -> int:
     """Tokens of a row, once model, tokens and arguments are found to fit together."""
     rows, ids = model.get_input_embeddings().weight.shape[0], token_set.manifest["vocabulary"]
     if ids > rows:
@@ -188,9 +249,15 @@ def _checked_length(model: PreTrainedModel, token_set: TokenSet, args: TrainingA
         raise UserError(f"trainer.max_steps: {args.max_steps} must be at least 1 optimizer step")
     if not token_set.manifest["held_out"]["documents"]:
         raise UserError("train_dataset: no document is held out, and a run is judged by held-out text; prepare it with held_out above 0")
-    length = seq_length or models.max_length(model.config)
+    positions = models.max_length(model.config)
+    length = positions if seq_length is None else seq_length
     if length is None:
         raise UserError("seq_length: this model has no fixed number of positions; say how many tokens a row has")
+    if length < 8:
+        raise UserError(f"seq_length: {length} must be at least 8 tokens")
+    needed = max(n for lengths in objective.lengths(length).values() for n in lengths)
+    if positions is not None and needed > positions:
+        raise UserError(f"seq_length: {length} needs {needed} positions, the model has {positions}")
     return length
 
 

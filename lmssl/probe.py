@@ -32,20 +32,22 @@ SMALLEST = 1024
 """Tokens of a micro-batch below which matrix products are too small to be worth a try, unless nothing larger fits."""
 
 
-def recorded(path: Path, section: Mapping[str, Any], sections: tuple[str, ...]) -> dict[str, Any]:
-    """What a run chose of what the trainer section leaves open; nothing where its recipe cannot be read.
+def recorded(path: Path, values: Mapping[str, Any], sections: tuple[str, ...]) -> dict[str, Any]:
+    """What a run chose of what the trainer section leaves open; nothing where its recipe cannot be read, and no split of another batch.
 
     Args:
         path: the run's recipe.yaml.
-        section: the trainer section as it is now.
+        values: the trainer section as it is now, of `arguments.resolve`.
         sections: names of a recipe's sections.
     """
     try:
         then = config.load(path, (), sections)["trainer"]
     except (UserError, KeyError):
         return {}
-    names = [] if section.get("torch_compile") is not None else ["torch_compile"]
-    names += ["batch", "per_device_train_batch_size", "gradient_accumulation_steps"] if section.get("batch") == "auto" else []
+    names = [] if "torch_compile" in values else ["torch_compile"]
+    size, parts = "per_device_train_batch_size", "gradient_accumulation_steps"
+    if values["batch"] == "auto" and then.get(size, 0) * then.get(parts, 1) == values[size] * values.get(parts, 1):
+        names += ["batch", size, parts]
     return {name: then[name] for name in names if name in then}
 
 
@@ -97,11 +99,11 @@ def fastest(args: TrainingArguments, model: PreTrainedModel, stream: Stream, col
         if seconds.get(size, float("inf")) < BETTER * seconds.get(best, float("inf")):
             best = size
         slower = size in seconds and seconds[size] > 1.2 * seconds[best]
-        if slower or size % 2 or (size // 2 * stream.row_length < SMALLEST and seconds):
+        if slower or size == 1 or (seconds and (size % 2 or size // 2 * stream.row_length < SMALLEST)):
             break
-        size //= 2
+        size = next(n for n in range(size // 2, 0, -1) if rows % n == 0)  # half, where it can be halved
     if not seconds:
-        raise Stopped(f"trainer.batch: not even one row fits into memory (of {rows}, halved down to {size}); take a smaller model or shorter rows")
+        raise Stopped(f"trainer.batch: not even one row fits into memory (of {rows}); take a smaller model or shorter rows")
     return best, seconds
 
 

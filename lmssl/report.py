@@ -47,13 +47,13 @@ def write(folders: list[Path], *, png: bool = False) -> Path:
             if not isinstance(metrics, dict) or ("results" in metrics and not {"summary", "metric", "task"} <= set(metrics)):
                 raise UserError(f"{path}: is not of a run of lmssl")
             # Else of a checkpoint that was only scored, or of a folder inside another that was named.
-            if {"results", "objective"} & set(metrics) and not any(path.parent.samefile(known) for known, _ in runs):
+            if ("results" in metrics or {"objective", "held_out", "curve"} <= set(metrics)) and not any(path.parent.samefile(known) for known, _ in runs):
                 runs.append((path.parent, metrics))
     if not runs:
         raise UserError(f"{folders[0]}: no metrics.json of a run in it or below, only of checkpoints that were scored")
     runs.sort(key=lambda run: "results" not in run[1])  # the evidence first
     target = folders[0] / "report.html"
-    title = "lmssl: " + ", ".join(folder.name for folder in folders)
+    title = "lmssl: " + ", ".join(folder.resolve().name for folder in folders)
     output.write(target, page(runs, title, folders[0] if png else None))
     return target
 
@@ -129,9 +129,9 @@ def _finetuned(folder: Path, metrics: dict[str, Any], figure: Callable[..., str]
     caption = f"{metrics['metric']} in percent" + (f", mean ± standard deviation over {seeds} seeds; gain paired by seed with its 95% interval" if seeds > 1 else ", one seed")
     caption += "; equivalent: labels from scratch that reach the same" if "equivalent" in header else ""
     table = f"<table><caption>{html.escape(caption)}</caption><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in header)}</tr>{cells}</table>"
-    plot = figure(
-        "labels", lambda ax: _draw_labels(ax, metrics), "Each point is one seed" + ("; the line joins the means, the band is one standard deviation." if seeds > 1 else ".")
-    )
+    counts = {r["labels"] for r in metrics["results"]}
+    spread = "the line joins the means, the band is one standard deviation" if len(counts) > 1 else "the mark is the mean, the bar one standard deviation"
+    plot = figure("labels", lambda ax: _draw_labels(ax, metrics), "Each point is one seed" + (f"; {spread}." if seeds > 1 else "."))
     return f"<h2>{html.escape(metrics['task'].capitalize())} on few labels: {html.escape(str(folder))}</h2>{table}{plot}{_facts(facts)}"
 
 
@@ -188,17 +188,24 @@ def _draw_speed(ax: Any, curve: list[dict[str, float]]) -> None:
 def _draw_labels(ax: Any, metrics: dict[str, Any]) -> None:
     curves = {init: [(r["labels"], r["score"]) for r in metrics["results"] if r["init"] == init] for init in ("scratch", "pretrained")}
     curves |= {name: [(r["labels"], r["score"]) for r in rows] for name, rows in metrics.get("baselines", {}).items()}
+    ticks = sorted({n for points in curves.values() for n, _ in points})
     for name, points in curves.items():
         colour, x = COLOURS[name], sorted({n for n, _ in points})
         spreads = [statistics.spread([100 * score for n, score in points if n == count]) for count in x]
         mean, std = [s["mean"] or 0.0 for s in spreads], [s["std"] or 0.0 for s in spreads]
+        if len(ticks) == 1:  # no line: a mark for each, side by side
+            at = ticks[0] * 1.05 ** (len(ax.containers) - (len(curves) - 1) / 2)
+            ax.errorbar([at], mean, std, fmt="D", capsize=5, color=colour, label=name)
+            ax.plot([at] * len(points), [100 * score for _, score in points], ".", color=colour, alpha=0.6)
+            continue
         ax.plot(x, mean, "-" if name in ("scratch", "pretrained") else "--", color=colour, label=name)
         ax.fill_between(x, [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)], color=colour, alpha=0.15, linewidth=0)
         ax.plot([n for n, _ in points], [100 * score for _, score in points], ".", color=colour, alpha=0.6)
     if metrics.get("majority"):
         ax.axhline(100 * metrics["majority"], color="#999", linestyle=":", label=evidence.trivial_answer(metrics))
-    ticks = sorted({n for points in curves.values() for n, _ in points})
     ax.set_xscale("log")
+    if len(ticks) == 1:
+        ax.set_xlim(ticks[0] / 1.5, ticks[0] * 1.5)
     named = ticks[:1]
     for tick in ticks:
         if math.log(tick / named[-1]) > 0.07 * math.log(ticks[-1] / ticks[0]):  # nearer ones would stand in each other

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 import typing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lmssl import arguments, config, output, ranks
+from lmssl import arguments, config, folders, output, ranks
 from lmssl.data.stream import Stream
 from lmssl.data.tokens import TokenSet
 from lmssl.errors import UserError, written
@@ -31,10 +30,11 @@ LOOK = 500
 """Labelled examples in which unknown tokens are counted."""
 
 
-def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = False, accept: tuple[str, ...] = (), quiet: bool = False) -> dict[str, Any]:
+def pretrain(recipe: PretrainRecipe | str | Path, *, resume: bool = False, overwrite: bool = False, accept: tuple[str, ...] = (), quiet: bool = False) -> dict[str, Any]:
     """Pretrain as a recipe says; returns what metrics.json says.
 
     Args:
+        recipe: a recipe, or its file.
         resume: continue from the newest whole checkpoint.
         overwrite: begin anew in a folder that holds a run.
         accept: differences from the checkpoint's run that resuming accepts ("seed", "batch", ...).
@@ -42,27 +42,32 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     Raises:
         UserError, Stopped, Interrupted: see lmssl.errors.
     """
+    recipe = recipe if isinstance(recipe, PretrainRecipe) else PretrainRecipe.load(recipe)
+    with folders.alone(recipe.trainer.get("output_dir")):
+        return _pretrain(recipe, resume, overwrite, accept, quiet)
+
+
+def _pretrain(recipe: PretrainRecipe, resume: bool, overwrite: bool, accept: tuple[str, ...], quiet: bool) -> dict[str, Any]:
     from lmssl import beginnings, models, probe
 
     objective, tokenizer = check(recipe, resume)
     values = arguments.resolve(recipe.trainer, arguments.pretrain_defaults(recipe.continued is not None))
     args = arguments.build(values)  # refuses before any text is read
     out, first = Path(args.output_dir), ranks.first_process()
-    _check_kind(out, "objective", overwrite)
+    folders.check_kind(out, "objective", overwrite)
+    folders.check_free(out, folders.leavings(out), recipe.continued, resume and folders.holds_run(out), overwrite or not first)
     before = (output.read_json(out / "metrics.json") or {}) if resume else {}
     if resume:
-        values |= (chosen := probe.recorded(out / "recipe.yaml", recipe.trainer, PRETRAIN))
+        values |= (chosen := probe.recorded(out / "recipe.yaml", values, PRETRAIN))
         ranks.check_same_folder(out, (chosen, before.get("steps")))
-    else:
-        _check_free(out, _leavings(out), recipe.continued, overwrite or not first)
     if _finished(out, before, values.get("max_steps")):
         return before
-    _folder(out)
+    folders.make(out)
     trainer, values = assemble(recipe, objective, tokenizer, values, quiet)
     if _finished(out, before, trainer.args.max_steps):  # of num_train_epochs
         return before
     if first and not resume:  # by now nothing more is to be refused that could have been
-        _remove([*_leavings(out), *out.glob("damaged-checkpoint-*")])
+        folders.remove([*folders.leavings(out), *out.glob("damaged-checkpoint-*")])
     ranks.wait()  # for what is to be removed
     point = trainer.resume_point(accept) if resume else None
     if resume and point is None and before.get("steps"):
@@ -83,10 +88,11 @@ def pretrain(recipe: PretrainRecipe, *, resume: bool = False, overwrite: bool = 
     return metrics
 
 
-def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = False, accept: tuple[str, ...] = (), quiet: bool = False) -> dict[str, Any]:
+def finetune(recipe: FinetuneRecipe | str | Path, *, resume: bool = False, overwrite: bool = False, accept: tuple[str, ...] = (), quiet: bool = False) -> dict[str, Any]:
     """Fine-tune on few labels, pretrained and from scratch, several seeds; returns what metrics.json says.
 
     Args:
+        recipe: a recipe, or its file.
         resume: keep the finished runs of the folder, and go on with the others: those that an interruption left, and
             those that more seeds or numbers of labels add.
         overwrite: begin anew in a folder that holds runs.
@@ -95,14 +101,21 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
     Raises:
         UserError, Stopped, Interrupted: see lmssl.errors.
     """
+    recipe = recipe if isinstance(recipe, FinetuneRecipe) else FinetuneRecipe.load(recipe)
+    with folders.alone(recipe.trainer.get("output_dir")):
+        return _finetune(recipe, resume, overwrite, accept, quiet)
+
+
+def _finetune(recipe: FinetuneRecipe, resume: bool, overwrite: bool, accept: tuple[str, ...], quiet: bool) -> dict[str, Any]:
     from lmssl import cards, evidence
-    from lmssl.tasks import curve, ledger
+    from lmssl.tasks import curve, ledger, name_of
 
     values = arguments.resolve(recipe.trainer, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
     out, first = Path(values["output_dir"]), ranks.first_process()
-    present = _leavings(out, ledger.NAME, "checkpoints", "predictions")
-    _check_kind(out, "task", overwrite)
-    _check_free(out, present, recipe.source, resume or overwrite)
+    there = folders.holds_run(out, ledger.NAME)
+    present = folders.leavings(out, *((ledger.NAME, "checkpoints", "predictions") if there else ()))  # of others a folder may have such names
+    folders.check_kind(out, "task", overwrite)
+    folders.check_free(out, present, recipe.source, resume and there, overwrite or not first)
     runs = curve_of(recipe, values, quiet)
     task = runs.task
     before = (output.read_json(out / "metrics.json") or {}) if resume else {}
@@ -114,16 +127,16 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
             return before
     elif first and present:
         runs.try_out()  # before anything is removed
-        _remove(present)
+        folders.remove(present)
     ranks.wait()  # for what is to be removed
-    resolved = {"task": {"name": task.name} | dataclasses.asdict(task), "data": dataclasses.asdict(recipe.data), "model": {"from": recipe.source}, "trainer": values}
+    resolved = {"task": {"name": name_of(task)} | dataclasses.asdict(task), "data": dataclasses.asdict(recipe.data), "model": {"from": recipe.source}, "trainer": values}
     leaks = leak_check(recipe.source, runs.test)
     if not quiet and first:
         log.info("to train on: %s; to test: %s; leak check: %s", curve.counted(runs.train), curve.counted(runs.test), evidence.leaks_in_words(leaks))
     if first:
-        _folder(out)
+        folders.make(out)
         if runs.ledger.outdated:  # which nothing may read by the new recipe
-            _remove([path for name in ("config.json", "model*.safetensors*") for path in out.glob(name)])
+            folders.remove([path for name in ("config.json", "model*.safetensors*") for path in out.glob(name)])
         output.write(out / "recipe.yaml", config.dump(output.plain(resolved)))
         runs.ledger.save(runs.ledger.seconds)  # what is resumed before any run is finished is compared with this
     metrics = runs.run() | {"leaks": leaks, "continued_from": config.of_folder(recipe.source).get("model", {}).get("from"), "environment": output.environment(runs.args.device)}
@@ -133,7 +146,7 @@ def finetune(recipe: FinetuneRecipe, *, resume: bool = False, overwrite: bool = 
         with written(f"the results in {out}"):
             output.write(out / "README.md", cards.task_card(task, metrics, output.plain(resolved)))
             output.write_json(out / "metrics.json", metrics)
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            runs.forget()
     return metrics
 
 
@@ -162,12 +175,13 @@ def assemble(recipe: PretrainRecipe, objective: Objective, tokenizer: Tokenizer,
         values: of `arguments.resolve`.
     """
     from lmssl import models, packing, probe
-    from lmssl.pretraining import PretrainTrainer
+    from lmssl.pretraining import PretrainTrainer, check_items
 
     token_set = prepared(recipe.data, tokenizer, quiet=quiet)
     values = arguments.with_steps(values, token_set.rows(objective.row_length(recipe.data.seq_length)))
     args, length = arguments.build(values), recipe.data.seq_length
     stream = Stream(token_set, objective, length, args.seed, args.max_steps * arguments.global_batch(values), _start(recipe))
+    check_items(stream, models.family_of(models.config_of(recipe.model)))
     model = models.build(recipe.model, stream.vocab, objective, length, args.seed)
     values = probe.choose(values, args, model, stream, packing.collator(stream, length, models.family_of(model.config), args.device))
     args = arguments.build(values)
@@ -207,6 +221,8 @@ def preview(recipe: PretrainRecipe, rows: int | None = None, at_step: int | None
     Returns:
         The stream, its tokenizer, and the items asked for.
     """
+    from lmssl.pretraining import check_items
+
     objective, tokenizer = make(recipe.objective), recipe.tokenizer()
     tokenizer.check(objective, recipe.objective["name"])
     values = arguments.resolve(recipe.trainer, arguments.pretrain_defaults(recipe.continued is not None))
@@ -217,6 +233,7 @@ def preview(recipe: PretrainRecipe, rows: int | None = None, at_step: int | None
         raise UserError(f"--at-step: {at_step} is not a step of this run; it has steps 1 to {steps}")
     begin, most = (at_item or 0, rows or 3) if at_step is None else ((at_step - 1) * size, min(rows or size, size))
     stream = Stream(token_set, objective, recipe.data.seq_length, values["seed"], begin + most, _start(recipe))
+    check_items(stream)
     return stream, tokenizer, range(begin, begin + most)
 
 
@@ -264,51 +281,12 @@ def examples(stream: Stream, tokenizer: Tokenizer, count: int = 3) -> list[dict[
     return shown
 
 
-# --- the folder of a run -------------------------------------------------------------------------------------------
-
-
-def _leavings(out: Path, *more: str) -> list[Path]:
-    """What an earlier run left in its folder: results, checkpoints and model, of which nothing may be taken for a later run's."""
-    names = ("metrics.json", "recipe.yaml", *more, "checkpoint-*", "config.json", "generation_config.json", "model*.safetensors*", "README.md")
-    return [path for name in names for path in sorted(out.glob(name))]
-
-
-def _check_free(out: Path, present: list[Path], source: str | None, overwrite: bool) -> None:
-    """Refuse an output folder that is the backbone itself, whose old run holds it, or that holds a run, unless that is to be overwritten."""
-    if source is not None and (Path(source).resolve() == out.resolve() or any(Path(source).resolve().is_relative_to(path.resolve()) for path in present)):
-        raise UserError(f"trainer.output_dir: {source}, the backbone in model.from, would be overwritten in {out}; name another folder")
-    if present and present[0].name != "README.md" and not overwrite:
-        raise UserError(f"trainer.output_dir: {out} holds a run ({present[0].name}); --resume continues it, --overwrite begins anew")
-
-
-def _check_kind(out: Path, section: str, overwrite: bool) -> None:
-    """Refuse a folder that holds a run of the other kind: pretraining's recipe has an `objective`, fine-tuning's a `task`."""
-    sections = config.of_folder(out)
-    if sections and not overwrite and section not in sections:
-        held = "pretrained model" if section == "task" else "fine-tuned model"
-        raise UserError(f"trainer.output_dir: {out} holds a {held}; name another folder (--overwrite removes it)")
-
-
-def _remove(paths: list[Path]) -> None:
-    for path in paths:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def _finished(out: Path, before: dict[str, Any], steps: int | None) -> bool:
     """Whether the run that left its metrics has all its steps."""
     if not before or not steps or before.get("steps", 0) < steps:
         return False
     log.info("%s is finished at step %d; nothing to do", out, before["steps"])
     return True
-
-
-def _folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"trainer.output_dir: {out} is a file")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"trainer.output_dir: {out} cannot be made: {error.strerror}") from None
 
 
 def _finish(out: Path, trainer: PretrainTrainer, metrics: dict[str, Any], resolved: dict[str, Any]) -> None:

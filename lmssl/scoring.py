@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import typing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 from lmssl import config, output, tokenization
@@ -61,6 +63,8 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
         values = held_out(model, stream, Collator(objective, data.seq_length, family, vocab.pad), batch, model.device)
     if not values["labels"]:
         raise UserError(f"data.text: {sections['objective']['name']} asks for no token of this text; it is too short to measure anything")
+    if not math.isfinite(values["loss"]):
+        raise UserError(f"{checkpoint}: its loss is not finite; its weights are broken")
     found = {name: values[name] for name in ("loss", "bits_per_byte")}
     asked = [o for o in overrides if o.startswith(("data.", "objective."))]
     if asked:
@@ -186,6 +190,8 @@ def minimal_pairs(checkpoint: str, path: str) -> dict[str, Any]:
     total = len(ids) if backbone.family == "decoder" else sum(map(len, ids))
     with tqdm(total=total, unit="row", disable=None, leave=False) as bar, fitting("the sentences", "a device with more of it, or shorter ones", UserError):
         values = likelihood.log_likelihoods(model, backbone.family, ids, vocab, by, bar.update)
+    if not np.isfinite(values).all():
+        raise UserError(f"{checkpoint}: gives a sentence a likelihood that is not finite; its weights are broken")
     found = likelihood.preferred(values[::2], values[1::2], [kind for _, _, kind in pairs])
     _note(folder, "minimal_pairs", found)
     return found

@@ -47,7 +47,7 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     """For each number of labels that both inits have: mean and standard deviation of both, and the paired gain.
 
     The gain is paired by seed (same subset); `interval` is its 95% t-interval, `error` its standard error;
-    one seed has neither.
+    one seed has neither, and gains that are all the same no interval.
     """
     scratch, pretrained = (table_of(results, init) for init in INITS)
     rows = []
@@ -65,11 +65,13 @@ def mean_gain(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _paired(gains: Sequence[float]) -> dict[str, Any]:
-    """Mean of a gain a seed, its standard error and 95% t-interval."""
+    """Mean of a gain a seed, its standard error and 95% t-interval; where all are the same, which few tests may well make them, there is nothing to judge by."""
     mean = float(np.mean(gains))
     if len(gains) < 2:
         return {"mean": mean, "error": None, "interval": None}
     error = float(np.std(gains, ddof=1) / math.sqrt(len(gains)))
+    if error < 1e-12:
+        return {"mean": mean, "error": 0.0, "interval": None}
     half = t_quantile(len(gains) - 1) * error
     return {"mean": mean, "error": error, "interval": [mean - half, mean + half]}
 

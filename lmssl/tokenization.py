@@ -433,10 +433,21 @@ def train(texts: Iterable[str], kind: str = "bpe", size: int = 8192, progress: b
     return tokenizer
 
 
+def check_texts(texts: Any) -> None:
+    """Refuse what Python would take apart into something else than documents: a text into letters, a table into its columns' names."""
+    if isinstance(texts, str | bytes | dict) or hasattr(texts, "columns"):
+        raise UserError(
+            f"texts: expected documents, one after the other, got a {type(texts).__name__}" + ("; its column of texts: table['text']" if hasattr(texts, "columns") else "")
+        )
+
+
 def _counted(texts: Iterable[str]) -> Iterator[str]:
+    check_texts(texts)
     count = 0
     for text in texts:
         count += 1
+        if not isinstance(text, str):
+            raise UserError(f"document {count}: expected text, got {type(text).__name__}")
         yield text
     if not count:
         raise UserError("text: no document to train a tokenizer on")

@@ -37,6 +37,10 @@ RATES, MOMENTS = ("lr", "initial_lr", "weight_decay"), ("betas", "eps")
 (decision 0019)."""
 
 
+SILENT = 16
+"""Steps without any label after which a run is refused."""
+
+
 class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
     """What pretraining and fine-tuning share.
 
@@ -100,11 +104,14 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self._stage: Path | None = None
         self._sealer = ThreadPoolExecutor(1, "lmssl-seal")
         self._sealing: Future[None] | None = None
-        self._begin, self._any_label = (0, 0), False  # step and item that this process begins with
+        self._begin = (0, 0)  # step and item that this process begins with
+        self._unasked = 0  # steps without a label so far; -1 once there was one
         self._own: tuple[str, ...] = RATES
         self.earlier_data: list[Any] = []
         """What the identity of the run said of its text before another took its place (`--accept data`)."""
         self._known_good: set[str] = set()
+        self._approved: Path | None = None
+        """The checkpoint that `resume_point` found to be of this run."""
         self.guard = Guard(self)
         self.add_callback(self.guard)
         self.add_callback(Progress(self))
@@ -156,11 +163,11 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         count = torch.stack([(b["labels"] != -100).sum() for b in batches]).sum() if batches else torch.tensor(0)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count.to(device)).sum()
-        if batches and not self._any_label:
-            # Of a token set and an objective that never ask anything, no loss would ever say so.
-            if not count:
-                raise UserError(f"data: none of the {sum(b['labels'].numel() for b in batches)} labels of the first step asks anything (all are -100)")
-            self._any_label = True
+        if batches and self._unasked >= 0:
+            # Of a token set and an objective that never ask anything, no loss would ever say so; of a few short rows one may ask nothing by chance.
+            self._unasked = -1 if count else self._unasked + 1
+            if self._unasked >= min(SILENT, self.args.max_steps):
+                raise UserError(f"data: no label of {self._unasked} steps asks anything (all are -100)")
         return batches, count.to(device).clamp(min=1)
 
     def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, **kwargs: Any) -> Any:
@@ -171,6 +178,10 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         """
         found = self.resume_point() if resume_from_checkpoint is True else resume_from_checkpoint
         folder, self._begin = Path(found) if found else None, (0, 0)
+        if folder is not None and not (folder / "trainer_state.json").is_file():
+            raise UserError(f"resume_from_checkpoint: {folder} is no checkpoint of a training")
+        if folder is not None and folder != self._approved and (folder / checkpoints.MANIFEST).is_file():  # others' say nothing that could be compared
+            self.resume_point(folder=folder)
         if folder is not None:
             step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
             manifest = checkpoints.facts(folder)
@@ -375,8 +386,12 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             memory.setdefault(value.data_ptr(), []).append(name)
         checkpoints.fits(folder, {k: v.shape for k, v in state.items()}, {k: memory[v.data_ptr()] for k, v in state.items()})
 
-    def resume_point(self, accept: tuple[str, ...] = ()) -> Path | None:
+    def resume_point(self, accept: tuple[str, ...] = (), folder: Path | None = None) -> Path | None:
         """The newest whole checkpoint of this run; None where none was ever completed.
+
+        Args:
+            accept: keys of the identity that may differ.
+            folder: this checkpoint, not the newest.
 
         Raises:
             UserError: checkpoints, but none whole; or one whose run differs from this (seed, data, ...), unless
@@ -384,7 +399,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         """
         root = Path(self.args.output_dir)
         checkpoints.check_accepted(accept, self.identity.keys() - {"optimizer"})
-        path, manifest, rejected = checkpoints.newest(root, self._fits)
+        path, manifest, rejected = checkpoints.newest(root, self._fits) if folder is None else checkpoints.only(folder, self._fits)
         for reason in rejected:
             log.warning("passed over: %s", reason)
         ranks.check_same_folder(root, manifest["step"] if path else None)
@@ -410,6 +425,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
                 checkpoints.set_aside(root, manifest["step"])
         self.accelerator.wait_for_everyone()
         self._known_good.add(path.name)
+        self._approved = path
         self._tokens_before, self.untimed = manifest["tokens"], manifest.get("untimed", [0, 0])
         self.clock.training, self.clock.other, self.curve = manifest["seconds"], manifest["other_seconds"], manifest["curve"]
         self.guard.norms.extend(manifest["norms"])
@@ -417,14 +433,20 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self.earlier_data = [*manifest.get("earlier_data", []), *([before] if before != now else [])]
         return path
 
-    def run(self, resume: Path | None = None) -> None:
+    def run(self, resume: Path | str | bool | None = None) -> None:
         """Train to the end.
+
+        Args:
+            resume: a checkpoint; True: of `resume_point`.
 
         Raises:
             Stopped: a non-finite value, a full disk.
             Interrupted: a signal, after saving.
             UserError: a run that begins where checkpoints of another lie, of which only the newest would be kept.
         """
+        resume = self.resume_point() if resume is True else Path(resume) if resume else None
+        if resume is not None and not resume.is_dir():
+            raise UserError(f"run: {resume} is no checkpoint folder")
         beside = checkpoints.all_of(Path(self.args.output_dir)) if self.args.save_strategy != "no" else []
         if beside and resume is None:
             raise UserError(

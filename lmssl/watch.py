@@ -132,7 +132,8 @@ class Guard(TrainerCallback):
         if not math.isfinite(size):
             return
         usual = statistics.median(self.norms) if len(self.norms) >= 16 else math.inf
-        self.norms.append(size)
+        if size > 0:  # 0 of a step without a label
+            self.norms.append(size)
         if size > SPIKE * usual and self.trainer.on_spike != "ignore":
             what = f"the gradient of {self._step(step)} is {size / usual:.0f} times the usual ({size:.3g} against {usual:.3g})"
             if self.trainer.on_spike == "stop":

@@ -43,6 +43,7 @@ FLOORS = {
     "report": 3,
     "cards": 3,
     "display": 3,
+    "folders": 4,
     "recipe": 4,
     "predict": 4,
     "history": 5,

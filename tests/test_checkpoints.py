@@ -40,6 +40,30 @@ def test_damage_is_found_and_the_older_one_taken(tmp_path, name, kind):
     assert name in rejected[0]
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """A disk's error, too, is damage, behind which an older checkpoint may be whole."""
+    make(tmp_path, 1)
+    make(tmp_path, 2)
+    original = checkpoints.sha256
+
+    def broken(path):
+        if path.parent.name == "checkpoint-2" and path.suffix == ".safetensors":
+            raise OSError(5, "Input/output error")
+        return original(path)
+
+    monkeypatch.setattr(checkpoints, "sha256", broken)
+    path, _, rejected = newest(tmp_path)
+    assert path.name == "checkpoint-1"
+    assert rejected == ["checkpoint-2/model.safetensors cannot be read: [Errno 5] Input/output error"]
+
+
+def test_a_file_that_a_checkpoint_does_not_know_is_none_of_it(tmp_path):
+    folder = make(tmp_path, 1)
+    (folder / "adapter.safetensors").write_bytes(b"")
+    verify(folder)
+    checkpoints.fits(folder, {name: tensor.shape for name, tensor in load_file(folder / "model.safetensors").items()}, {})
+
+
 def test_non_finite_weights(tmp_path):
     make(tmp_path, 1, float("nan"))
     with pytest.raises(Damaged, match="weight w is not finite"):

@@ -210,13 +210,15 @@ def test_accelerate_launch(corpus_file, tmp_path):
 
 def test_report_below_a_folder_called_checkpoint(tmp_path):
     (tmp_path / "checkpoint-study" / "run" / "checkpoint-5").mkdir(parents=True)
-    (tmp_path / "checkpoint-study" / "run" / "metrics.json").write_text('{"objective": "masked"}')
+    (tmp_path / "checkpoint-study" / "run" / "metrics.json").write_text('{"objective": "masked", "held_out": {}, "curve": []}')
     (tmp_path / "checkpoint-study" / "run" / "checkpoint-5" / "metrics.json").write_text("no run")
     assert run(["report", str(tmp_path / "checkpoint-study")]) == 0
 
 
-def test_report_of_what_was_only_scored(tmp_path, capsys):
-    (tmp_path / "metrics.json").write_text('{"evaluated": {}}')
+@pytest.mark.parametrize("text", ['{"evaluated": {}}', '{"objective": "reg:linear", "parameters": {"depth": 6}}'])
+def test_report_of_what_was_only_scored(text, tmp_path, capsys):
+    """Or of another program."""
+    (tmp_path / "metrics.json").write_text(text)
     assert run(["report", str(tmp_path)]) == 2
     assert "only of checkpoints that were scored" in capsys.readouterr().err
 
@@ -226,6 +228,14 @@ def test_report_of_somebody_else_s_metrics(text, tmp_path, capsys):
     (tmp_path / "metrics.json").write_text(text)
     assert run(["report", str(tmp_path)]) == 2
     assert "metrics.json: is not of a run of lmssl" in capsys.readouterr().err
+
+
+def test_report_of_a_folder_whose_name_is_not_utf8(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xe9port"))
+    folder.mkdir()
+    (folder / "metrics.json").write_text('{"objective": "masked", "held_out": {}, "curve": []}')
+    assert run(["report", str(folder)]) == 0
+    assert "r\\udce9port" in (folder / "report.html").read_text()
 
 
 def test_report_refuses_what_is_no_run(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Recipes: typed, refused with a suggestion, and the same again after a round trip."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Literal
@@ -82,6 +83,14 @@ def test_an_override_may_begin_as_no_yaml_does():
         assert config.apply_overrides({}, [f"data.text={value}"], ("data",)) == {"data": {"text": value}}
 
 
+def test_signs_are_text_and_numbers_are_numbers():
+    for value in ("---", "...", "=", " = ", "?", "- ", ", ", "<<", "-> ", "<sep>"):
+        assert config.apply_overrides({}, [f"task.separator={value}"], ("task",)) == {"task": {"separator": value}}
+    for value, found in (("-1", -1), ("-1e-4", -1e-4), (".5", 0.5), ("-.inf", -math.inf)):
+        assert config.apply_overrides({}, [f"task.x={value}"], ("task",)) == {"task": {"x": found}}
+    assert config.parse_yaml("a: =\nb: <<", "x") == {"a": "=", "b": "<<"}
+
+
 def test_texts_that_look_like_numbers_survive_a_recipe():
     recipe = {"task": {"label": "0100", "text": "1:30", "run": "2024_11_05", "count": 1000, "odd": "1_000", "rate": "1e3"}}
     assert config.parse_yaml(config.dump(recipe), "x") == recipe
@@ -111,7 +120,7 @@ BAD_RECIPES = [
     (["objective.rat=0.3"], "objective.rat: unknown key; did you mean 'rate'"),
     (["objective.rate=1.5"], "objective: rate=1.5 must be above 0.0 and at most 1.0"),
     (["objective.rate=lots"], "objective.rate: expected a number, got 'lots'"),
-    (["objective.name=maskd"], "no objective 'maskd'; did you mean 'masked'"),
+    (["objective.name=maskd"], "objective.name: nothing is called 'maskd'; did you mean 'masked'"),
     (["objective.name=next_token"], "'bert' is an encoder"),
     (["objective.name=no_such_module:Thing"], "cannot be imported"),
     (["model.hiden_size=48"], "model.hiden_size: unknown key; did you mean 'hidden_size'"),
@@ -184,8 +193,9 @@ def test_missing_recipe(capsys):
 
 
 def test_dump_round_trip():
-    recipe = {"data": {"text": ["a", "b"], "held_out": 1e-05, "no": "no"}, "trainer": {"bf16": True, "x": None, "t": "1e-4"}}
-    assert config.parse_yaml(config.dump(recipe), "x") == recipe
+    recipe = {"data": {"text": ["a", "b"], "held_out": 1e-05, "no": "no"}, "trainer": {"bf16": True, "x": None, "t": "1e-4", "odd": " a\x85b\u2028c\ufeff", "cue": " 这部电影"}}
+    for ascii in (False, True):
+        assert config.parse_yaml(config.dump(recipe, ascii), "x") == recipe
 
 
 def test_resolved_section_gives_the_same_arguments(tmp_path):
@@ -224,7 +234,7 @@ def test_found_by_the_fuzzer(overrides, message, tmp_path, corpus_file, capsys):
 
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [("data.test=-0.5", "fraction above 0"), ("data.max_length=-1", "at least 8 tokens"), ("task.name={a: 1}", "no task"), (f"model.from={'a' * 300}", "too long")],
+    [("data.test=-0.5", "fraction above 0"), ("data.max_length=-1", "at least 8 tokens"), ("task.name={a: 1}", "expected a name"), (f"model.from={'a' * 300}", "too long")],
 )
 def test_found_by_the_fuzzer_in_fine_tuning(keys, message, tmp_path, capsys):
     import re

@@ -3,13 +3,15 @@
 import json
 import logging
 import sys
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from lmssl import tokenization
+from lmssl import config, tokenization
 from lmssl.arguments import OWNED_BY_TASKS, finetune_defaults, resolve
 from lmssl.cli import run
 from lmssl.errors import UserError
@@ -17,8 +19,9 @@ from lmssl.predict import predict
 from lmssl.recipe import FinetuneRecipe
 from lmssl.runs import curve_of, finetune
 from lmssl.tasks import base, baseline, curve, make_task
+from lmssl.tasks.base import Task
 from lmssl.tasks.curve import Run
-from lmssl.tasks.sentiment import Labelled
+from lmssl.tasks.sentiment import Labelled, Sentiment
 from tests.helpers import saved_backbone, token_set
 
 ARCHITECTURE = {"decoder": "llama", "encoder": "bert", "encoder-decoder": "t5"}
@@ -65,6 +68,44 @@ def sections(task, source, data, out, **fields):
     }
 
 
+@dataclass(frozen=True)
+class Topic(Sentiment):
+    """A task of one's own; `score` is what its evaluation says."""
+
+    name: ClassVar[str] = "topic"
+    score: ClassVar[Any] = None
+
+    def evaluate(self, model, backbone, examples, batch, compiled=False):
+        scores, outputs = super().evaluate(model, backbone, examples, batch, compiled)
+        return (scores, outputs) if type(self).score is None else type(self).score(scores, outputs)
+
+
+@dataclass(frozen=True)
+class Unfinished(Task):
+    """No method of it is there yet."""
+
+
+def test_a_task_of_one_s_own_is_named_by_its_module(data, backbones, tmp_path, monkeypatch, capsys):
+    wanted = sections("sentiment", backbones["encoder"], data, tmp_path / "out", seeds=1)
+    wanted["task"]["name"] = f"{__name__}:Topic"
+    assert finetune(FinetuneRecipe.of(wanted), quiet=True)["task"] == "topic"
+    assert config.of_folder(tmp_path / "out")["task"]["name"] == f"{__name__}:Topic"
+    (tmp_path / "x.txt").write_text("a film\n")
+    capsys.readouterr()
+    assert run(["predict", str(tmp_path / "out"), str(tmp_path / "x.txt")]) == 0
+    assert "label" in json.loads(capsys.readouterr().out)
+    for name, message in (
+        (f"{__name__}:Unfinished", r"is no task yet: it has no classes, collator, column, encode, evaluate"),
+        (f"{__name__}:sections", "is no task: a frozen dataclass"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_task({"name": name})
+    for score in (lambda scores, outputs: (scores | {"accuracy": 50.0}, outputs), lambda scores, outputs: ({}, outputs), lambda scores, outputs: (scores, outputs[:-2])):
+        monkeypatch.setattr(Topic, "score", staticmethod(score))
+        with pytest.raises(UserError, match=r"task: evaluate of 'topic' gave accuracy=.* outputs for 12 examples"):
+            finetune(FinetuneRecipe.of(wanted | {"trainer": wanted["trainer"] | {"output_dir": str(tmp_path / "bad")}}), overwrite=True, quiet=True)
+
+
 @pytest.mark.parametrize("family", ARCHITECTURE)
 @pytest.mark.parametrize("task", ["sentiment", "translation", "qa"])
 def test_cell(task, family, data, backbones, tmp_path):
@@ -72,7 +113,7 @@ def test_cell(task, family, data, backbones, tmp_path):
     metrics = finetune(FinetuneRecipe.of(sections(task, backbones[family], data, out)), quiet=True)
     assert len(metrics["results"]) == 2 * 2
     assert all(0 <= r["score"] <= 1 for r in metrics["results"])
-    assert metrics["summary"][0]["gain"]["interval"] is not None
+    assert metrics["summary"][0]["gain"]["error"] is not None
     assert metrics["leaks"] == {"checked": False, "reason": f"{backbones[family]} has no recipe.yaml of lmssl, so its text is not known"}
     assert len(list((out / "predictions").glob("*-*-*.*"))) == 4
     writer = "AutoModelForCausalLM" if family == "decoder" else "AutoModelForSeq2SeqLM"

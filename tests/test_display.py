@@ -77,6 +77,11 @@ def test_a_target_stands_below_its_input(objective, tokens):
         assert sorted(words) == sorted(TEXT.split()), "each word once, in one of the two"
 
 
+def test_text_does_not_turn_the_terminal_around():
+    assert display._visible("a\u202eb\u2067c\x1b") == "a\\u202eb\\u2067c\\x1b"
+    assert display._visible("\U0001f469\u200d\U0001f4bb") == "\U0001f469\u200d\U0001f4bb", "what joins an emoji is part of it"
+
+
 @pytest.mark.parametrize(("environment", "terminal", "colour"), [({}, True, True), ({}, False, False), ({"NO_COLOR": "1"}, True, False), ({"FORCE_COLOR": "1"}, False, True)])
 def test_colour_is_for_terminals(environment, terminal, colour, monkeypatch):
     for name in ("NO_COLOR", "FORCE_COLOR"):

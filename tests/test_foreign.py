@@ -144,7 +144,10 @@ def test_a_head_that_a_checkpoint_lacks_is_drawn_from_the_seed(bert, tmp_path):
     assert not torch.equal(heads[1], heads[2])
 
 
-@pytest.mark.parametrize("text", [b"default_stage: {default_modifiers: {}}", b"model: meta-llama/Llama", b"data: somewhere", b"[1, 2]", b"just text", b"caf\xe9: 1"])
+@pytest.mark.parametrize(
+    "text",
+    [b"default_stage: {default_modifiers: {}}", b"model: meta-llama/Llama", b"data: somewhere", b"[1, 2]", b"just text", b"caf\xe9: 1", b"stage:\n  - !EpochRangeModifier {}\n"],
+)
 def test_a_recipe_of_another_program_says_nothing_of_a_run(text, shared_dir, tmp_path):
     """llm-compressor and others leave a recipe.yaml in a checkpoint, too."""
     saved_backbone("bert", token_set(shared_dir), tmp_path)

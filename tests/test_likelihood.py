@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lmssl import likelihood, models, scoring
 from lmssl.cli import run
@@ -93,6 +94,19 @@ def test_the_command(shared_dir, tmp_path, capsys):
     error = capsys.readouterr().err
     assert ":1: no column 'sentence_bad'" in error
     assert "columns of BLiMP" in error
+
+
+def test_broken_weights_have_no_score(shared_dir, tmp_path, capsys):
+    saved_backbone("bert", token_set(shared_dir), tmp_path / "b", 64)
+    weights = load_file(tmp_path / "b" / "model.safetensors")
+    weights["bert.embeddings.word_embeddings.weight"][:] = float("nan")
+    save_file(weights, tmp_path / "b" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"sentence_good": "a film", "sentence_bad": "a story", "UID": "x"}) + "\n")
+    (tmp_path / "x.txt").write_text("\n".join(TEXTS))
+    for args in (["--pairs", str(tmp_path / "pairs.jsonl")], [f"data.text={tmp_path / 'x.txt'}", "data.seq_length=32"]):
+        assert run(["evaluate", str(tmp_path / "b"), *args]) == 2
+        assert "is not finite; its weights are broken" in capsys.readouterr().err
+    assert not (tmp_path / "b" / "metrics.json").exists()
 
 
 def test_overrides_of_minimal_pairs_are_refused(shared_dir, tmp_path, capsys):

@@ -7,12 +7,15 @@ import re
 import shutil
 
 import pytest
+import torch
 
+import lmssl
 from lmssl import PretrainTrainer, arguments, models
 from lmssl.cli import run
 from lmssl.config import apply_overrides
 from lmssl.errors import UserError, said
 from lmssl.objectives import MaskedTokens, NextToken
+from lmssl.recipe import FinetuneRecipe
 from lmssl.tasks import curve
 from lmssl.tasks.sentiment import Sentiment
 from tests import helpers
@@ -332,6 +335,70 @@ def test_words_from_python_are_checked(keys, message, shared_dir, tmp_path):
     tokens = token_set(shared_dir)
     with pytest.raises(UserError, match=message):
         PretrainTrainer(small_model("bert", tokens.vocab()), MaskedTokens(), tokens, helpers.arguments(tmp_path), 32, quiet=True, **keys)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"objective": MaskedTokens}, "objective: expected an objective, got the class MaskedTokens; for example"),
+        ({"objective": "masked"}, "objective: expected an objective, got 'masked'"),
+        ({"train_dataset": ["a", "b"]}, "train_dataset: expected a token set, got list; lmssl.prepare or lmssl.from_iterable makes one"),
+        ({"model": torch.nn.Linear(2, 2)}, "model: expected a model of transformers, got Linear"),
+        ({"seq_length": 0}, "seq_length: 0 must be at least 8 tokens"),
+        ({"seq_length": 64}, "seq_length: 64 needs 64 positions, the model has 32"),
+    ],
+)
+def test_what_a_trainer_is_not_made_of(parts, message, shared_dir, tmp_path):
+    tokens = token_set(shared_dir)
+    usual = {
+        "model": small_model("bert", tokens.vocab()),
+        "objective": MaskedTokens(),
+        "train_dataset": tokens,
+        "args": helpers.arguments(tmp_path),
+        "seq_length": 32,
+        "quiet": True,
+    }
+    with pytest.raises(UserError, match=message):
+        PretrainTrainer(**usual | parts)
+
+
+class Table(dict):
+    """As a pandas DataFrame behaves: iterating gives names of columns."""
+
+    columns = ("text", "label")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+
+def test_what_python_would_take_apart_is_refused(tmp_path):
+    for texts in ("hello world", Table(), {"a": 1}):
+        for make in (lambda texts: lmssl.from_iterable(texts, helpers.tokenizer(), tmp_path / "x"), lmssl.train_tokenizer):
+            with pytest.raises(UserError, match=r"texts: expected documents, one after the other, got a (str|Table|dict)"):
+                make(texts)
+    with pytest.raises(UserError, match=r"document 1: expected text, got NoneType"):
+        lmssl.train_tokenizer([None])
+    sections = {"task": {"name": "sentiment"}, "data": {"train": Table()}, "model": {"from": "x"}, "trainer": {}}
+    with pytest.raises(UserError, match=r"data.train: expected .*, got a Table; write it to a file"):
+        FinetuneRecipe.of(sections)
+    assert FinetuneRecipe.of(sections | {"data": {"train": tmp_path / "x.jsonl", "test": [tmp_path / "y.jsonl"]}}).data.test == [str(tmp_path / "y.jsonl")]
+
+
+@pytest.mark.parametrize("held_out", [-1, 1, 1.5, float("nan"), "0.1"])
+def test_a_held_out_share_is_one(held_out, tmp_path):
+    with pytest.raises(UserError, match=r"held_out: .* must be a fraction of 0 or more and below 1"):
+        lmssl.from_iterable(sentences(10), helpers.tokenizer(), tmp_path / "x", held_out)
+
+
+def test_prepare_needs_its_own_tokenizer(tmp_path):
+    (tmp_path / "x.txt").write_text("a film\n")
+    with pytest.raises(UserError, match=r"tokenizer: expected lmssl's own, got str; lmssl.load_tokenizer\(FOLDER\) makes one"):
+        lmssl.prepare(tmp_path / "x.txt", "tokenizer_assets/bpe-8k")
+
+
+def test_a_recipe_may_be_named_by_its_file(corpus_file, tmp_path):
+    recipe = written(recipe_of(corpus_file, tmp_path / "run"), tmp_path / "r.yaml")
+    assert lmssl.pretrain(recipe, quiet=True)["steps"] == 4
 
 
 def test_a_resumed_run_is_not_shorter_than_what_is_done(corpus_file, tmp_path, capsys):

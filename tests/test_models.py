@@ -152,10 +152,11 @@ def test_architectures_whose_documents_see_each_other_are_refused(architecture):
 @pytest.mark.skipif("deepseek_v4" not in transformers.CONFIG_MAPPING, reason="is newer")
 def test_a_leak_that_only_long_rows_show_is_found():
     """Its layers look at summaries of more than a hundred tokens, whichever document they are of."""
-    model = forward.prepare(models.build({"architecture": "deepseek_v4", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}, VOCAB, NextToken(), 512, 0))
+    section = {"architecture": "deepseek_v4", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    model = forward.prepare(models.build(section, VOCAB, NextToken(), 320, 0))
     forward.check_isolated(model, VOCAB, 32)
     with pytest.raises(UserError, match="see each other in 'deepseek_v4'"):
-        forward.check_isolated(model, VOCAB, 512)
+        forward.check_isolated(model, VOCAB, 320)
 
 
 @pytest.mark.parametrize(

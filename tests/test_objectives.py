@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lmssl
 from lmssl import from_iterable, load_tokenizer
 from lmssl.data.stream import Collator, Stream, generator, two_lengths
 from lmssl.errors import UserError
@@ -16,6 +18,7 @@ from lmssl.objectives.base import Row
 from lmssl.objectives.denoising import ROOM
 from lmssl.objectives.toy import vocab
 from lmssl.pretraining import PretrainTrainer
+from lmssl.tasks import make_task
 from tests.helpers import arguments, small_model, token_set
 
 VOCAB = vocab(1000, 100)
@@ -334,7 +337,7 @@ def test_plugin():
 
 
 def test_a_plugin_names_what_it_lacks():
-    with pytest.raises(UserError, match=r"'tests\.test_objectives:Half' is not an objective: .* \(needs, lengths, most_labels, held_out is missing\)"):
+    with pytest.raises(UserError, match=r"'tests\.test_objectives:Half' is not an objective: .* \(needs, lengths, most_labels, held_out, __call__ is missing\)"):
         make({"name": "tests.test_objectives:Half"})
 
 
@@ -344,6 +347,47 @@ class Half:
 
     def row_length(self, model_length):
         return model_length
+
+
+class Copy(NextToken):
+    """What a newcomer writes first; `change` is the mistake."""
+
+    change: ClassVar[Any] = None
+
+    def __call__(self, row, vocab, rng):
+        return type(self).change(NextToken.__call__(self, row, vocab, rng))
+
+
+MISTAKES = {
+    "the first token of a row is asked": lambda item: item | {"labels": item["input_ids"].copy()},
+    "labels holds -1; ids are 0 to": lambda item: item | {"labels": np.where(item["labels"] == -100, -1, item["labels"])},
+    "labels has 29 entries, input_ids 32": lambda item: item | {"labels": item["labels"][:-3]},
+    "input_ids must be a one-dimensional array of whole numbers, not float": lambda item: item | {"input_ids": item["input_ids"].astype(float)},
+    "labels must be a one-dimensional array of whole numbers, not list": lambda item: item | {"labels": item["labels"].tolist()},
+    "input_ids holds 99999": lambda item: item | {"input_ids": item["input_ids"] * 0 + 99999},
+    "no segments": lambda item: {name: item[name] for name in ("input_ids", "labels")},
+    "expected arrays by name, got NoneType": lambda item: None,
+    "ZeroDivisionError: division by zero": lambda item: 1 / 0,
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_what_an_objective_of_one_s_own_returns_is_looked_at(message, shared_dir, tmp_path, monkeypatch):
+    tokens = token_set(shared_dir)
+    monkeypatch.setattr(Copy, "change", staticmethod(MISTAKES[message]))
+    with pytest.raises(UserError, match=rf"objective.name: 'tests.test_objectives:Copy': .*{message}"):
+        lmssl.PretrainTrainer(small_model("llama", tokens.vocab()), Copy(), tokens, arguments(tmp_path), 32, quiet=True)
+
+
+@pytest.mark.parametrize(("text", "message"), [("x = ", "SyntaxError"), ("1 / 0", "ZeroDivisionError: division by zero"), ("", "AttributeError")])
+def test_a_module_that_fails_is_one_line(text, message, tmp_path, monkeypatch):
+    name = f"broken_{message[:4].lower()}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for make_one, key in ((make, "objective"), (make_task, "task")):
+        with pytest.raises(UserError, match=rf"{key}.name: '{name}:Mine' cannot be imported: {message}"):
+            make_one({"name": f"{name}:Mine"})
 
 
 @pytest.mark.parametrize("fields", [{"rate": 0.0}, {"rate": 1.5}, {"rate": float("nan")}, {"mask": 0.8, "random": 0.3}, {"span_max": 0}, {"span_p": 0.0}])

@@ -9,7 +9,8 @@ import torch
 
 from lmssl import config, models, plan
 from lmssl.cli import run
-from lmssl.errors import UserError
+from lmssl.errors import UserError, fitting
+from lmssl.objectives import NextToken, toy
 from lmssl.recipe import PRETRAIN, PretrainRecipe
 from tests.helpers import SMALL
 
@@ -42,6 +43,47 @@ def test_scaled_sections_are_buildable(name, factor):
     assert getattr(after, width) == round(getattr(before, heads) * factor) * getattr(before, width) // getattr(before, heads)
     if factor == 1:
         assert after.to_dict() == before.to_dict()
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 1), (8, 1), (8, 2), (6, 3), (1, 1)])
+@pytest.mark.parametrize("factor", plan.STEPS_OF_THE_LADDER[:6])
+def test_grouped_heads_stay_in_whole_groups(heads, groups, factor):
+    section = SECTIONS["llama"] | {"num_attention_heads": heads, "num_key_value_heads": groups, "hidden_size": 8 * heads}
+    made = plan.scaled(section, models.config_of(section), factor)
+    assert made["num_attention_heads"] // made["num_key_value_heads"] == heads // groups or groups == 1
+    assert made["num_key_value_heads"] == 1 or heads == 1 or groups > 1
+    model = models.build(made, toy.vocab(50), NextToken(), 16, 0)
+    assert model(input_ids=torch.zeros(1, 4, dtype=torch.int64)).logits.isfinite().all()
+
+
+def test_a_size_is_tried_once(recipe, monkeypatch):
+    monkeypatch.setattr(plan.machine, "pass_seconds", lambda *args: 1.0)
+    wanted = PretrainRecipe.load(recipe, ["model.num_attention_heads=1", "model.num_key_value_heads=1", "model.num_hidden_layers=1", "model.hidden_size=16"])
+    rungs = list(plan.ladder(wanted, 1))
+    assert len({rung.inner for rung in rungs}) == len(rungs) > 1
+    assert "the smallest size that was tried" in plan.table(rungs, rungs[0])
+    assert "that was tried" not in plan.table(rungs, rungs[1]) or len(rungs) == 2
+
+
+def test_a_plan_takes_rows_that_fit(recipe, monkeypatch):
+    """What does not is halved, but for rows that the recipe names, of which it takes no more."""
+    wanted, asked, cost = PretrainRecipe.load(recipe, ["trainer.per_device_train_batch_size=null", "trainer.torch_compile=false"]), [], plan.cost
+
+    def small(made):
+        asked.append(made.trainer["per_device_train_batch_size"])
+        if asked[-1] > 4:
+            with fitting("a step", "less"):
+                raise torch.OutOfMemoryError("no more")
+        return cost(made)
+
+    monkeypatch.setattr(plan, "cost", small)
+    trainer = plan.plan(wanted, 0.05)[2]["trainer"]
+    assert asked == [asked[0] >> k for k in range(len(asked))]
+    assert (asked[-1], trainer["per_device_train_batch_size"]) == (4, 4)
+    assert trainer["per_device_train_batch_size"] * trainer["gradient_accumulation_steps"] == asked[0]
+    asked.clear()
+    plan.plan(PretrainRecipe.load(recipe, ["trainer.per_device_train_batch_size=2", "trainer.torch_compile=false"]), 0.05)
+    assert asked == [2]
 
 
 def test_repeated_text_is_worth_less():

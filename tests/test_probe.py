@@ -59,6 +59,10 @@ def test_the_fastest_micro_batch_is_taken_and_kept_on_resume(sections, speeds):
     sections["trainer"] |= {"max_steps": 6, "torch_compile": False}
     assert run(sections, resume=True)["per_device_train_batch_size"] == 16
     assert asked == [32, 16, 8], "nothing was measured again"
+    sections["trainer"] |= {"gradient_accumulation_steps": 1, "max_steps": 8}
+    given |= {4: 1.0}
+    with pytest.raises(UserError, match=r"batch changed: .* has 32, this run 16"):
+        run(sections, resume=True)
 
 
 def test_a_micro_batch_that_does_not_fit_is_passed_over(sections, speeds, monkeypatch):
@@ -73,6 +77,17 @@ def test_a_micro_batch_that_does_not_fit_is_passed_over(sections, speeds, monkey
     given |= {n: torch.OutOfMemoryError() for n in (4, 2, 1)}
     with pytest.raises(Stopped, match="not even one row fits"):
         run(sections, overwrite=True)
+
+
+def test_an_odd_number_of_rows_is_divided_until_it_fits(sections, speeds, monkeypatch):
+    import torch
+
+    given, asked = speeds
+    given |= {18: torch.OutOfMemoryError(), 9: torch.OutOfMemoryError(), 3: 1.0, 1: 1.0}
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
+    sections["trainer"] |= {"batch": "auto", "per_device_train_batch_size": 9}
+    assert run(sections)["per_device_train_batch_size"] == 3
+    assert asked[:3] == [18, 9, 3]
 
 
 @pytest.mark.parametrize(("seconds", "compiler", "compiled"), [(0.001, "sh", False), (100.0, "sh", True), (100.0, "no/such/compiler", False)])

@@ -58,6 +58,32 @@ def test_another_batch_goes_on_at_the_next_item(rows, shared_dir, tmp_path, monk
     assert last.guard._replay(6) == f"its rows: lmssl show {tmp_path / 'recipe.yaml'} --at-item {items.start} --rows {rows}", "the rows that the step read"
 
 
+def test_a_checkpoint_that_is_named_is_compared_too(shared_dir, tmp_path):
+    """By its path as by `resume_point`: what differs is refused, and what was counted before is counted."""
+    tokens = token_set(shared_dir)
+    whole = trainer_of("bert", tokens, tmp_path / "a", max_steps=4, save_steps=2, **{k: v for k, v in SAVING.items() if k != "save_steps"})
+    whole.run()
+    for keys, message in (({"seed": 7}, "seed changed"), ({"per_device_train_batch_size": 2}, "batch changed"), ({"learning_rate": 5e-4}, "learning_rate changed")):
+        for way in ("train", "run"):
+            other = trainer_of("bert", tokens, tmp_path / "a", **({"max_steps": 4} | SAVING | keys))
+            with pytest.raises(UserError, match=message):
+                getattr(other, way)(str(tmp_path / "a" / "checkpoint-2"))
+    shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "b" / "checkpoint-2")
+    other = trainer_of("bert", tokens, tmp_path / "b", max_steps=4, **SAVING)
+    other.train(str(tmp_path / "b" / "checkpoint-2"))
+    assert other.metrics()["tokens"] == whole.metrics()["tokens"]
+    for way in ("train", "run"):
+        with pytest.raises(UserError, match="is no checkpoint"):
+            getattr(trainer_of("bert", tokens, tmp_path / "b", max_steps=4, **SAVING), way)(str(tmp_path / "none"))
+    again = trainer_of("bert", tokens, tmp_path / "b", max_steps=4, **SAVING)
+    again.run(True)
+    assert again.state.global_step == 4
+    weights = tmp_path / "b" / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"model.safetensors has .* bytes.*resume_point\(\) finds the newest whole one"):
+        trainer_of("bert", tokens, tmp_path / "b", max_steps=4, **SAVING).run(tmp_path / "b" / "checkpoint-2")
+
+
 def test_settings_are_those_of_the_run_that_goes_on(shared_dir, tmp_path):
     tokens, seen = token_set(shared_dir), []
     keys = {"lr_scheduler_type": "constant", "optimizer": "muon", "max_steps": 2, **SAVING}
@@ -292,8 +318,12 @@ def test_items_of_a_run(shared_dir, tmp_path):
 def test_half_precision_is_part_of_what_a_run_is(shared_dir, tmp_path):
     tokens = token_set(shared_dir)
     trainer_of("bert", tokens, tmp_path, max_steps=2, **SAVING).run()
+    other = trainer_of("bert", tokens, tmp_path, max_steps=2, **SAVING)
+    other.identity["fp16"] = True  # as on a GPU
     with pytest.raises(UserError, match="fp16 changed: checkpoint-2 has False, this run True"):
-        trainer_of("bert", tokens, tmp_path, max_steps=2, fp16=True, **SAVING).resume_point()
+        other.resume_point()
+    with pytest.raises(UserError, match=r"trainer.fp16: half precision needs a GPU"):
+        trainer_of("bert", tokens, tmp_path, max_steps=2, fp16=True, **SAVING)
 
 
 def test_what_a_launcher_was_told_changes_no_run(shared_dir, tmp_path, monkeypatch):

@@ -87,14 +87,19 @@ def test_the_verdict_and_the_table_say_which_is_which():
         results = results_of({10: scratch}, {10: pretrained})
         return {"task": "sentiment", "metric": "accuracy", "results": results, "summary": statistics.summary(results)}
 
-    gained, lost = metrics([0.5, 0.6], [0.65, 0.75]), metrics([0.65, 0.75], [0.5, 0.6])
-    assert evidence.verdict(gained).startswith("Pretraining changes sentiment accuracy by +15.0 points on average (95% interval +15.0 to +15.0); ")
+    gained, lost = metrics([0.5, 0.6], [0.65, 0.77]), metrics([0.65, 0.77], [0.5, 0.6])
+    assert evidence.verdict(gained).startswith("Pretraining changes sentiment accuracy by +16.0 points on average (95% interval +3.3 to +28.7); ")
     assert "are few" not in evidence.verdict(gained | {"test_examples": 100})
     assert evidence.verdict(gained | {"test_examples": 12}).endswith("12 test examples are few: each is 8.3 points, and no interval over seeds counts them.")
     assert evidence.verdict(gained | {"test_examples": 12, "metric": "bleu"}).endswith("12 test examples are few, and no interval over seeds counts them.")
-    assert evidence.verdict(lost).startswith("No gain shown: pretraining changes sentiment accuracy by -15.0 points")
+    assert evidence.verdict(lost).startswith("A loss: pretraining changes sentiment accuracy by -16.0 points")
     results = results_of({10: [0.6, 0.61, 0.6], 20: [0.6, 0.61, 0.6]}, {10: [0.55, 0.56, 0.551], 20: [0.7, 0.71, 0.701]})
     mixed = {"task": "sentiment", "metric": "accuracy", "results": results, "summary": statistics.summary(results)}
     assert evidence.verdict(mixed).endswith("is above zero at 1 of 2 label counts, below it at 1.")
     assert "below it at 2" in evidence.verdict(mixed | {"summary": [mixed["summary"][0]] * 2, "results": results_of({10: [0.6, 0.61, 0.6]}, {10: [0.55, 0.56, 0.551]})})
-    assert evidence.label_rows(gained)[:2] == [["labels", "scratch", "pretrained", "gain"], ["10", "55.0 ± 7.1", "70.0 ± 7.1", "+15.0 [+15.0, +15.0]"]]
+    assert evidence.label_rows(gained)[:2] == [["labels", "scratch", "pretrained", "gain"], ["10", "55.0 ± 7.1", "71.0 ± 8.5", "+16.0 [+3.3, +28.7]"]]
+    same = metrics([0.5, 0.6], [0.6, 0.7])  # as of a hundred tests it may well be: no spread is no certainty
+    assert evidence.verdict(same) == "Pretraining changes sentiment accuracy by +10.0 points on average, the same for each seed: no spread, so no evidence."
+    assert evidence.label_rows(same)[1][-1] == "+10.0"
+    one = metrics([0.5, 0.6, 0.4], [0.6, 0.7, 0.5])
+    assert one["summary"][0]["gain"] == {"mean": pytest.approx(0.1), "error": 0.0, "interval": None}

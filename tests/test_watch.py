@@ -59,6 +59,15 @@ def test_a_spike_is_said_or_stops_before_its_update(on_spike, shared_dir, tmp_pa
         assert ("21 times the usual" in caplog.text) == (on_spike == "warn")
 
 
+def test_steps_without_a_label_are_no_measure_of_a_gradient(shared_dir, tmp_path):
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path)
+    trainer.create_optimizer()
+    for norm in [0.0] * 20 + [1.0] * 3 + [0.0]:
+        trainer.gradient_norm = torch.tensor(norm)
+        trainer.guard.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
+    assert [*trainer.guard.norms] == [1.0] * 3
+
+
 def test_a_signal_behind_the_last_step_is_not_said_to_have_saved(shared_dir, tmp_path):
     class End(TrainerCallback):
         def on_train_end(self, args, state, control, **kwargs):

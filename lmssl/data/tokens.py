@@ -156,6 +156,8 @@ def write(
     Raises:
         UserError: no document, or so few that none is left to train on; a folder that holds something else.
     """
+    if isinstance(held_out, str) or (isinstance(held_out, int | float) and not 0 <= held_out < 1):
+        raise UserError(f"held_out: {held_out!r} must be a fraction of 0 or more and below 1, or documents of their own")
     with _staged(Path(out)) as stage:
         train, held = _Writer(stage / "train", tokenizer, tests), _Writer(stage / "held_out", tokenizer)
         duplicates = _divide(texts, held_out, train, held)
@@ -265,6 +267,8 @@ def prepare(
     """
     from filelock import FileLock
 
+    if not isinstance(tokenizer, Tokenizer):
+        raise UserError(f"tokenizer: expected lmssl's own, got {type(tokenizer).__name__}; lmssl.load_tokenizer(FOLDER) makes one")
     train = corpus.resolve(text)
     held = corpus.resolve(held_out, "data.held_out") if isinstance(held_out, str) else []
     described = [{"path": s.path, "kind": s.kind, "column": s.column, "bytes": s.bytes, "sha256": s.fingerprint()} for s in train]
@@ -478,6 +482,7 @@ def from_iterable(texts: Iterable[str], tokenizer: Tokenizer, out: str | Path, h
             if text.strip():
                 yield text, where
 
+    tokenization.check_texts(texts)
     documents = numbered()
     first = next(documents, None)
     if first is None:

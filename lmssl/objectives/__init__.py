@@ -1,13 +1,10 @@
 """The objectives by recipe name. Anybody's own: `package.module:Class`."""
 
 import dataclasses
-import importlib
-import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-from lmssl.config import build
+from lmssl.config import build, imported
 from lmssl.errors import UserError, did_you_mean
 from lmssl.objectives.base import Objective
 from lmssl.objectives.denoising import Infilling, SpanCorruption
@@ -34,8 +31,8 @@ def make(section: Mapping[str, Any], where: str = "objective") -> Objective:
     fields = dict(section)
     name = fields.pop("name", None)
     if not isinstance(name, str):
-        raise UserError(f"{where}.name: missing; {did_you_mean(name, OBJECTIVES)}")
-    return build(OBJECTIVES.get(name) or _plugin(name, where), fields, where)
+        raise UserError(f"{where}.name: {'missing' if name is None else f'expected a name, got {name!r}'}; {did_you_mean(name, OBJECTIVES)}")
+    return build(OBJECTIVES.get(name) or _plugin(name, f"{where}.name"), fields, where)
 
 
 def name_of(objective: Objective) -> str:
@@ -52,16 +49,10 @@ def fields_of(objective: Objective) -> dict[str, Any]:
 
 
 def _plugin(name: str, where: str) -> type:
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise UserError(f"{where}.name: no objective '{name}'; {did_you_mean(name, OBJECTIVES)}")
-    if os.getcwd() not in sys.path:  # the command's own path begins in its folder, not in the user's
-        sys.path.append(os.getcwd())
-    try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{where}.name: '{name}' cannot be imported: {error}") from error
+    cls = imported(name, OBJECTIVES, where)
     missing = [member for member in MEMBERS if not hasattr(cls, member)]
+    if isinstance(cls, type) and not any("__call__" in base.__dict__ for base in cls.__mro__):
+        missing.append("__call__")
     if not (dataclasses.is_dataclass(cls) and isinstance(cls, type)) or missing:
-        raise UserError(f"{where}.name: '{name}' is not an objective: a frozen dataclass with {', '.join(MEMBERS)} and __call__ ({', '.join(missing) or 'a dataclass'} is missing)")
+        raise UserError(f"{where}: '{name}' is not an objective: a frozen dataclass with {', '.join(MEMBERS)} and __call__ ({', '.join(missing) or 'a dataclass'} is missing)")
     return cls

@@ -270,7 +270,8 @@ class Backbone:
                 return model
             renamed = self._renamed(auto)
             keys = {"config": config, **models.attention(self.length, config), "use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32}
-            model, info = auto.from_pretrained(self.source, output_loading_info=True, key_mapping=renamed, **keys)
+            with models.quietly():
+                model, info = auto.from_pretrained(self.source, output_loading_info=True, key_mapping=renamed, **keys)
             models.keep_names(model)
         except ValueError as error:
             raise UserError(f"model.from: {config.model_type} has no {auto.__name__.removeprefix('AutoModel')} head in transformers: {said(error)}") from error

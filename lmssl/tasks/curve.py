@@ -8,9 +8,11 @@ checkpoints, so that a curve goes on where it was interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
+import re
 import shutil
 import time
 from collections import Counter
@@ -29,7 +31,7 @@ from lmssl.errors import Diverged, UserError, fitting, written
 from lmssl.models import parameters
 from lmssl.objectives.base import IGNORE
 from lmssl.objectives.cross_entropy import token_loss
-from lmssl.statistics import FEW_TESTS, equivalence, summary, worth
+from lmssl.statistics import FEW_TESTS, INITS, equivalence, summary, worth
 from lmssl.tasks import adapters, baseline
 from lmssl.tasks.base import Backbone, Few, Item, Task, batched, has_classifier, nested, same, split_test, split_validation, steps_for
 from lmssl.tasks.ledger import Ledger, identity_of
@@ -375,6 +377,15 @@ class Curve:
         """Where the checkpoints of a run lie until its result is in the ledger."""
         return self.out / "checkpoints" / f"{run.labels}-{run.init}-{run.seed}-{rate:g}{kind}"
 
+    def forget(self) -> None:
+        """Remove what is left of the checkpoints of all runs; the folder may hold somebody else's."""
+        folder = self.out / "checkpoints"
+        for path in folder.glob("*-*-*-*"):
+            if re.fullmatch(rf"\d+-({'|'.join(INITS)})-\d+-.*", path.name):
+                shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not there, or not empty
+            folder.rmdir()
+
     def _forget(self, run: Run, rate: float, kind: str = "") -> None:
         if self.first:
             shutil.rmtree(self._folder(run, rate, kind), ignore_errors=True)
@@ -395,6 +406,11 @@ class Curve:
     def _scored(self, model: PreTrainedModel, run: Run) -> dict[str, Any]:
         with fitting("the test set", FEWER, self.trainer.stopped), self.trainer.compute_loss_context_manager():
             scores, outputs = self.task.evaluate(model, self.backbone, self.test, self.args.per_device_eval_batch_size, compiled=self.args.torch_compile)
+        score = scores.get(self.task.metric)
+        if not isinstance(score, int | float) or not 0 <= score <= 1 or len(outputs) != len(self.test):  # of a task of one's own
+            raise UserError(
+                f"task: evaluate of '{self.task.name}' gave {self.task.metric}={score} and {len(outputs)} outputs for {len(self.test)} examples; a score lies in [0, 1]"
+            )
         if self.first:
             self.task.write_outputs(self.out / "predictions", f"{run.labels}-{run.init}-{run.seed}", self.test, outputs)
         return scores

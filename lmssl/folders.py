@@ -1,0 +1,108 @@
+"""The folder of a run: what in it is whose, what a new run may take away, and that one run at a time writes there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lmssl import cards, checkpoints, config, ranks
+from lmssl.data.tokens import cache_folder, content_hash
+from lmssl.errors import UserError
+
+log = logging.getLogger("lmssl")
+
+PATIENCE = 10.0
+"""Seconds to wait for another run's end: of one that was killed, workers may live for some."""
+
+
+@contextlib.contextmanager
+def alone(out: Any) -> Iterator[None]:
+    """Inside, no other run writes into a folder, of those of this user on this machine; held by the first process of several.
+
+    Args:
+        out: `trainer.output_dir` of a recipe, whatever it is.
+
+    Raises:
+        UserError: another one does.
+    """
+    from filelock import FileLock, Timeout
+
+    if not out or not ranks.first_process():
+        yield
+        return
+    folder = Path(os.path.expanduser(str(out))).resolve()
+    lock = FileLock(cache_folder() / "locks" / f"{content_hash(str(folder)):016x}.run", timeout=PATIENCE)
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"trainer.output_dir: another run is writing into {out}; wait for its end, or name another folder") from None
+    except OSError as error:  # no cache to write into, which fine-tuning has no other need of
+        log.warning("%s cannot be locked: %s; begin no other run in it", out, error.strerror or error)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def holds_run(out: Path, *marks: str) -> bool:
+    """Whether a run of lmssl left something in a folder: its recipe, a checkpoint on the way, or one of the files named."""
+    return bool(config.of_folder(out) or checkpoints.all_of(out) or any((out / name).exists() for name in marks))
+
+
+def leavings(out: Path, *more: str) -> list[Path]:
+    """What an earlier run left in its folder: results, checkpoints and model, of which nothing may be taken for a later run's."""
+    names = ("metrics.json", "recipe.yaml", *more, "checkpoint-*", "config.json", "generation_config.json", "model*.safetensors*", "README.md")
+    return [path for name in names for path in sorted(out.glob(name))]
+
+
+def check_free(out: Path, present: list[Path], source: str | None, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder that is the backbone itself, whose old run holds it, or in which something stands that is not to be lost.
+
+    Args:
+        present: of `leavings`.
+        source: the checkpoint that the run begins from.
+        resume: whether the run that is there goes on.
+        overwrite: whether what is there is given up.
+    """
+    taken = [] if resume else present
+    if source is not None and (Path(source).resolve() == out.resolve() or any(Path(source).resolve().is_relative_to(path.resolve()) for path in taken)):
+        raise UserError(f"trainer.output_dir: {source}, the backbone in model.from, would be overwritten in {out}; name another folder")
+    if overwrite or resume or not present:
+        return
+    if present[0].name != "README.md":
+        held, way_out = (
+            ("a run", "--resume continues it, --overwrite begins anew") if holds_run(out) else ("no run that could go on", "name another folder (--overwrite removes it)")
+        )
+        raise UserError(f"trainer.output_dir: {out} holds {held} ({present[0].name}); {way_out}")
+    if not present[0].read_bytes().startswith(cards.HEAD.encode()):
+        raise UserError(f"trainer.output_dir: {present[0]} is not lmssl's and would be replaced; name another folder (--overwrite replaces it)")
+
+
+def check_kind(out: Path, section: str, overwrite: bool) -> None:
+    """Refuse a folder that holds a run of the other kind: pretraining's recipe has an `objective`, fine-tuning's a `task`."""
+    sections = config.of_folder(out)
+    if sections and not overwrite and section not in sections:
+        held = "pretrained model" if section == "task" else "fine-tuned model"
+        raise UserError(f"trainer.output_dir: {out} holds a {held}; name another folder (--overwrite removes it)")
+
+
+def remove(paths: list[Path]) -> None:
+    """Files, folders and links (not what they lead to)."""
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def make(out: Path) -> None:
+    """The folder itself."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"trainer.output_dir: {out} is a file")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"trainer.output_dir: {out} cannot be made: {error.strerror}") from None
