@@ -12,8 +12,9 @@ import lmssl
 from lmssl.cli import run
 from lmssl.data.stream import Stream
 from lmssl.tasks import curve
-from lmssl.tasks.sentiment import Sentiment
-from tests.helpers import SMALL, arguments, token_set, tokenizer
+from lmssl.tasks.base import Backbone
+from lmssl.tasks.sentiment import Labelled, Sentiment
+from tests.helpers import SMALL, arguments, saved_backbone, token_set, tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,6 +101,23 @@ def test_an_objective_of_one_s_own(shared_dir, tmp_path):
     lmssl.PretrainTrainer(model, objective, tokens, arguments(tmp_path), 32, quiet=True).run()
     plain, turned = (Stream(tokens, o, 32, 0, 4) for o in (lmssl.NextToken(), objective))
     assert any(not np.array_equal(plain[i]["input_ids"], turned[i]["input_ids"]) for i in range(4))
+
+
+def test_a_task_of_one_s_own(shared_dir, tmp_path, monkeypatch):
+    """As the page says: named by its module, from the working folder."""
+    code = block("docs/extending.md", text="Headline")
+    (tmp_path / "mypkg").mkdir()
+    (tmp_path / "mypkg" / "topics.py").write_text(code)
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": f"headline {n}\nthe rest", "label": "ab"[n % 2]}) + "\n" for n in range(40)))
+    saved_backbone("bert", token_set(shared_dir), tmp_path / "backbone")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    sections = {"task": {"name": "mypkg.topics:Headline", "labels": [8], "seeds": 1}, "data": {"train": "x.jsonl", "test": 10}, "model": {"from": "backbone"}}
+    recipe = lmssl.FinetuneRecipe.of(sections | {"trainer": {"output_dir": "run", "max_steps": 1}})
+    assert lmssl.finetune(recipe, quiet=True)["task"] == "headline"
+    backbone = Backbone.load("backbone", 32)
+    one, other = (recipe.task.encode(backbone, [Labelled(text, "a", "x:1")])[0][0]["input_ids"].tolist() for text in ("a film\nmore", "a film"))
+    assert one == other
 
 
 def test_the_same_fraction_names_the_same_documents(corpus_file, tmp_path, monkeypatch):
