@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         "CHECKPOINT",
     )
     sub.add_argument("--pairs", metavar="FILE", help="minimal pairs instead (BLiMP format: sentence_good, sentence_bad, UID)")
-    sub = verb("report", _report, "Write report.html for one run or a set of runs.")
+    sub = verb("report", _report, "Write report.html for one run or a set of runs, into the first folder.")
     sub.add_argument("folders", nargs="+", metavar="FOLDER")
     sub.add_argument("--png", action="store_true", help="the plots as PNG files too")
     return top

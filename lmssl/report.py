@@ -176,6 +176,7 @@ def _draw_loss(ax: Any, curve: list[dict[str, float]], held: dict[str, float]) -
     if measured:
         ax.plot([c["step"] for c in measured], [c["held_out_loss"] for c in measured], "o-", color=COLOURS["held out"], label="held out")
     ax.set(xlabel="optimizer step", ylabel="loss (nats a labelled token)")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.figure.legend(frameon=False, loc="outside upper center", ncols=4)  # beside the curves, of which any may be under it
 
 
@@ -183,6 +184,7 @@ def _draw_speed(ax: Any, curve: list[dict[str, float]]) -> None:
     points = [(c["step"], c["tokens_per_second"]) for c in curve if "tokens_per_second" in c]
     ax.plot(*zip(*points, strict=True), color=COLOURS["training"])
     ax.set(xlabel="optimizer step", ylabel="tokens a second", ylim=(0, None))
+    ax.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _draw_labels(ax: Any, metrics: dict[str, Any]) -> None:

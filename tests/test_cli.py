@@ -208,6 +208,20 @@ def test_accelerate_launch(corpus_file, tmp_path):
     assert (tmp_path / "a" / "model.safetensors").is_file()
 
 
+def test_a_curve_of_one_number_of_labels_shows_mean_and_spread():
+    """There is no line to draw; equal scores of both inits must not hide each other."""
+    from matplotlib.figure import Figure
+
+    from lmssl import report
+
+    results = [{"labels": 40, "init": init, "seed": seed, "score": 0.5 + 0.1 * seed} for init in ("scratch", "pretrained") for seed in (0, 1)]
+    ax = Figure().subplots()
+    report._draw_labels(ax, {"metric": "accuracy", "results": results})
+    bars = [container.lines[0].get_xydata()[0].tolist() for container in ax.containers]
+    assert [y for _, y in bars] == [pytest.approx(55), pytest.approx(55)]
+    assert bars[0][0] < 40 < bars[1][0]
+
+
 def test_report_below_a_folder_called_checkpoint(tmp_path):
     (tmp_path / "checkpoint-study" / "run" / "checkpoint-5").mkdir(parents=True)
     (tmp_path / "checkpoint-study" / "run" / "metrics.json").write_text('{"objective": "masked", "held_out": {}, "curve": []}')
