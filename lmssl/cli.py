@@ -285,7 +285,7 @@ def _check_accepted(options: argparse.Namespace) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
-    from lmssl import runs
+    from lmssl import folders, runs
     from lmssl.recipe import PretrainRecipe
 
     loaded = PretrainRecipe.load(options.recipe, options.overrides)
@@ -294,6 +294,7 @@ def _pretrain(options: argparse.Namespace) -> None:
     if options.dry_run:
         _print_cost("cost", loaded)
         return
+    folders.check_moved(options.recipe, Path(str(loaded.trainer.get("output_dir", ""))))
     metrics = runs.pretrain(loaded, resume=options.resume, overwrite=options.overwrite, accept=tuple(options.accept))
     if first_process():
         held = metrics["held_out"]
@@ -301,7 +302,7 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
-    from lmssl import evidence, runs
+    from lmssl import evidence, folders, runs
     from lmssl.recipe import FinetuneRecipe
 
     loaded = FinetuneRecipe.load(options.recipe, options.overrides)
@@ -310,6 +311,7 @@ def _finetune(options: argparse.Namespace) -> None:
     if options.dry_run:
         _print_cost("curve_cost", loaded)
         return
+    folders.check_moved(options.recipe, Path(str(loaded.trainer.get("output_dir", ""))))
     metrics = runs.finetune(loaded, resume=options.resume, overwrite=options.overwrite, accept=tuple(options.accept))
     if first_process():
         print(evidence.label_table(metrics))

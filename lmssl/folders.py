@@ -55,6 +55,13 @@ def holds_run(out: Path, *marks: str) -> bool:
     return bool(config.of_folder(out) or checkpoints.all_of(out) or any((out / name).exists() for name in marks))
 
 
+def check_moved(recipe: str, out: Path) -> None:
+    """Say so where a recipe lies in the folder of a run and names another as that of its own: the run was copied or moved."""
+    folder = Path(recipe).parent
+    if Path(recipe).name == "recipe.yaml" and holds_run(folder) and folder.resolve() != out.expanduser().resolve():
+        log.warning("%s belongs to the run in %s, its trainer.output_dir, where this goes on; trainer.output_dir=%s for the run beside it", recipe, out, folder)
+
+
 def leavings(out: Path, *more: str) -> list[Path]:
     """What an earlier run left in its folder: results, checkpoints and model, of which nothing may be taken for a later run's."""
     names = ("metrics.json", "recipe.yaml", *more, "checkpoint-*", "config.json", "generation_config.json", "model*.safetensors*", "README.md")

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from lmssl import cards, folders
+from lmssl.cli import run
 from lmssl.errors import UserError
 from lmssl.recipe import FinetuneRecipe, PretrainRecipe
 from lmssl.runs import finetune, pretrain
@@ -101,6 +102,17 @@ def test_a_checkpoint_that_is_a_link_is_unlinked(corpus_file, tmp_path):
     pretrain(recipe_of(corpus_file, tmp_path / "run"), overwrite=True, quiet=True)
     assert not (tmp_path / "run" / moved.name).is_symlink()
     assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+
+
+def test_a_recipe_of_a_run_that_was_moved_says_so(corpus_file, tmp_path, caplog):
+    """Its recipe still names the first folder, in which it would begin anew."""
+    pretrain(recipe_of(corpus_file, tmp_path / "run"), quiet=True)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    recipe = str(tmp_path / "moved" / "recipe.yaml")
+    assert run(["pretrain", recipe, "--resume", f"trainer.output_dir={tmp_path / 'moved'}"]) == 0
+    assert "belongs to the run in" not in caplog.text
+    assert run(["pretrain", recipe]) == 0
+    assert f"{recipe} belongs to the run in {tmp_path / 'run'}, its trainer.output_dir" in caplog.text
 
 
 def test_one_run_at_a_time(corpus_file, tmp_path, monkeypatch):
