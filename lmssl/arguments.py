@@ -115,6 +115,12 @@ def own(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: values[k] for k in OURS if k != "batch"}
 
 
+def check_own(**values: Any) -> None:
+    """Refuse values that the fields of `OURS` do not have."""
+    for name, value in values.items():
+        config.convert(value, OURS[name], name)
+
+
 def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapping[str, str] = OWNED) -> dict[str, Any]:
     """The section with every value of its declared type and every default filled in.
 

@@ -206,15 +206,27 @@ def describe(annotation: Any) -> str:
     return words.get(origin, getattr(annotation, "__name__", str(annotation)))
 
 
-def imported(name: str, choices: typing.Iterable[str], where: str) -> Any:
-    """What `package.module:Name` means, from the working folder too.
-
-    Args:
-        choices: names that need no module, for a refusal.
+def chosen(section: Mapping[str, Any], choices: Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
+    """What a section's `name` means, one of `choices` or anybody's own `package.module:Name`, and the section's other keys.
 
     Raises:
-        UserError: no such thing, or a module that fails.
+        UserError: no name, one that means nothing, or a module that fails.
     """
+    fields = dict(section)
+    name = fields.pop("name", None)
+    if not isinstance(name, str):
+        raise UserError(f"{where}.name: {'missing' if name is None else f'expected a name, got {name!r}'}; {did_you_mean(name, choices)}")
+    return (choices[name] if name in choices else _imported(name, choices, f"{where}.name")), fields
+
+
+def name_of(thing: Any, choices: Mapping[str, Any]) -> str:
+    """The name by which `chosen` finds the class of a thing again."""
+    own = type(thing)
+    return next((name for name, cls in choices.items() if cls is own), f"{own.__module__}:{own.__qualname__}")
+
+
+def _imported(name: str, choices: typing.Iterable[str], where: str) -> Any:
+    """What `package.module:Name` means, from the working folder too."""
     module, colon, attribute = name.partition(":")
     if not colon:
         raise UserError(f"{where}: nothing is called '{name}'; {did_you_mean(name, choices)}, or your own: package.module:Class")

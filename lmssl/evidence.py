@@ -16,13 +16,13 @@ def verdict(metrics: dict[str, Any]) -> str:
 
 
 def _verdict(metrics: dict[str, Any]) -> str:
-    intervals = [row["gain"]["interval"] or [0.0, 0.0] for row in metrics["summary"]]
+    intervals = [row["gain"]["interval"] for row in metrics["summary"] if row["gain"]["interval"]]
     gain = statistics.mean_gain(metrics["results"])
     change = f"{metrics['task']} {metrics['metric']} by {100 * gain['mean']:+.1f} points on average"
     if gain["interval"] is None:
         return f"Pretraining changes {change}, {'over one seed' if gain['error'] is None else 'the same for each seed'}: no spread, so no evidence."
     sure, lost = sum(interval[0] > 0 for interval in intervals), sum(interval[1] < 0 for interval in intervals)
-    where = f"; the gain's 95% interval is above zero at {sure} of {len(intervals)} label counts" + (f", below it at {lost}" if lost else "")
+    where = f"; the gain's 95% interval is above zero at {sure} of {len(metrics['summary'])} label counts" + (f", below it at {lost}" if lost else "")
     low, high = gain["interval"]
     over_all = f"(95% interval {100 * low:+.1f} to {100 * high:+.1f})"
     if low > 0:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from lmssl import cards, checkpoints, config, ranks
 from lmssl.data.tokens import cache_folder, content_hash
@@ -16,8 +17,21 @@ from lmssl.errors import UserError
 
 log = logging.getLogger("lmssl")
 
+MODEL = ("config.json", "generation_config.json", "model*.safetensors*")
+"""The files of a model."""
 PATIENCE = 10.0
 """Seconds to wait for another run's end: of one that was killed, workers may live for some."""
+
+
+def lock_of(folder: Path, what: str, timeout: float = -1) -> FileLock:
+    """A lock for what is done in a folder, beside the prepared text: it leaves nothing there, and ends with its process.
+
+    Raises:
+        OSError: no such place can be made.
+    """
+    place = cache_folder() / "locks"
+    place.mkdir(parents=True, exist_ok=True)
+    return FileLock(place / f"{content_hash(str(folder.resolve())):016x}.{what}", timeout=timeout)
 
 
 @contextlib.contextmanager
@@ -30,24 +44,17 @@ def alone(out: Any) -> Iterator[None]:
     Raises:
         UserError: another one does.
     """
-    from filelock import FileLock, Timeout
-
     if not out or not ranks.first_process():
         yield
         return
-    folder = Path(os.path.expanduser(str(out))).resolve()
-    lock = FileLock(cache_folder() / "locks" / f"{content_hash(str(folder)):016x}.run", timeout=PATIENCE)
-    try:
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"trainer.output_dir: another run is writing into {out}; wait for its end, or name another folder") from None
-    except OSError as error:  # no cache to write into, which fine-tuning has no other need of
-        log.warning("%s cannot be locked: %s; begin no other run in it", out, error.strerror or error)
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock_of(Path(str(out)).expanduser(), "run", PATIENCE))
+        except Timeout:
+            raise UserError(f"trainer.output_dir: another run is writing into {out}; wait for its end, or name another folder") from None
+        except OSError as error:  # no cache to write into, which fine-tuning has no other need of
+            log.warning("%s cannot be locked: %s; begin no other run in it", out, error.strerror or error)
         yield
-    finally:
-        lock.release()
 
 
 def holds_run(out: Path, *marks: str) -> bool:
@@ -64,7 +71,11 @@ def check_moved(recipe: str, out: Path) -> None:
 
 def leavings(out: Path, *more: str) -> list[Path]:
     """What an earlier run left in its folder: results, checkpoints and model, of which nothing may be taken for a later run's."""
-    names = ("metrics.json", "recipe.yaml", *more, "checkpoint-*", "config.json", "generation_config.json", "model*.safetensors*", "README.md")
+    return found(out, ("metrics.json", "recipe.yaml", *more, "checkpoint-*", *MODEL, "README.md"))
+
+
+def found(out: Path, names: Sequence[str]) -> list[Path]:
+    """What lies in a folder under some names, of which each may be a pattern."""
     return [path for name in names for path in sorted(out.glob(name))]
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
@@ -22,7 +21,7 @@ from lmssl.data.tokens import TokenSet
 from lmssl.errors import Diverged, UserError, fitting
 from lmssl.evaluation import held_out, held_out_stream
 from lmssl.objectives import MEMBERS, fields_of
-from lmssl.objectives.base import IGNORE, Objective
+from lmssl.objectives.base import IGNORE, Family, Objective, fault
 from lmssl.objectives.cross_entropy import token_loss
 from lmssl.trainer import ExactTrainer
 from lmssl.watch import of_the_data
@@ -197,7 +196,7 @@ def _check_kinds(model: Any, objective: Any, token_set: Any) -> None:
         raise UserError(f"train_dataset: expected a token set, got {type(token_set).__name__}; lmssl.prepare or lmssl.from_iterable makes one")
 
 
-def check_items(stream: Stream, family: str | None = None) -> None:
+def check_items(stream: Stream, family: Family | None = None) -> None:
     """Refuse an objective whose first items are not what `Objective.__call__` promises.
 
     Args:
@@ -214,30 +213,8 @@ def check_items(stream: Stream, family: str | None = None) -> None:
     except Exception as error:  # anybody's own code
         raise UserError(f"{name}: {of_the_data(error)}") from error
     for number, item in enumerate(items):
-        if wrong := _wrong(item, stream.vocab.size, family):
+        if wrong := fault(item, stream.vocab.size, family):
             raise UserError(f"{name}: item {number}: {wrong}")
-
-
-def _wrong(item: Any, size: int, family: str | None) -> str | None:
-    """What is wrong with what an objective returned, None where it will do."""
-    if not isinstance(item, dict):
-        return f"expected arrays by name, got {type(item).__name__}"
-    decoder = ["decoder_input_ids", "decoder_segments"] if family == "encoder-decoder" or "decoder_input_ids" in item else []
-    if missing := [name for name in ("input_ids", "segments", *decoder, "labels") if name not in item]:
-        return f"no {' and no '.join(missing)}"
-    for name, array in item.items():
-        if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
-            return f"{name} must be a one-dimensional array of whole numbers, not {f'{array.dtype} {array.shape}' if isinstance(array, np.ndarray) else type(array).__name__}"
-    for one, other in (("input_ids", "segments"), *([("decoder_input_ids", "decoder_segments"), ("decoder_input_ids", "labels")] if decoder else [("input_ids", "labels")])):
-        if len(item[one]) != len(item[other]):
-            return f"{other} has {len(item[other])} entries, {one} {len(item[one])}"
-    for name in ("input_ids", *decoder[:1], "labels"):
-        ids = item[name][item[name] != IGNORE] if name == "labels" else item[name]
-        if len(ids) and not (ids.min() >= 0 and ids.max() < size):
-            return f"{name} holds {ids.min() if ids.min() < 0 else ids.max()}; ids are 0 to {size - 1}" + (f", and what is not asked {IGNORE}" if name == "labels" else "")
-    if family == "decoder" and len(item["labels"]) and item["labels"][0] != IGNORE:
-        return f"the first token of a row is asked, and nothing stands before it: labels are unshifted, as transformers' own, and {IGNORE} there"
-    return None
 
 
 def _checked_length(model: PreTrainedModel, token_set: TokenSet, args: TrainingArguments, seq_length: int | None, objective: Objective) -> int:

@@ -177,7 +177,12 @@ def _draw_loss(ax: Any, curve: list[dict[str, float]], held: dict[str, float]) -
         ax.plot([c["step"] for c in measured], [c["held_out_loss"] for c in measured], "o-", color=COLOURS["held out"], label="held out")
     ax.set(xlabel="optimizer step", ylabel="loss (nats a labelled token)")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.figure.legend(frameon=False, loc="outside upper center", ncols=4)  # beside the curves, of which any may be under it
+    _legend(ax)
+
+
+def _legend(ax: Any) -> None:
+    """Beside the curves, of which any may be under it."""
+    ax.figure.legend(frameon=False, loc="outside upper center", ncols=4)
 
 
 def _draw_speed(ax: Any, curve: list[dict[str, float]]) -> None:
@@ -191,18 +196,18 @@ def _draw_labels(ax: Any, metrics: dict[str, Any]) -> None:
     curves = {init: [(r["labels"], r["score"]) for r in metrics["results"] if r["init"] == init] for init in ("scratch", "pretrained")}
     curves |= {name: [(r["labels"], r["score"]) for r in rows] for name, rows in metrics.get("baselines", {}).items()}
     ticks = sorted({n for points in curves.values() for n, _ in points})
-    for name, points in curves.items():
+    for k, (name, points) in enumerate(curves.items()):
         colour, x = COLOURS[name], sorted({n for n, _ in points})
         spreads = [statistics.spread([100 * score for n, score in points if n == count]) for count in x]
         mean, std = [s["mean"] or 0.0 for s in spreads], [s["std"] or 0.0 for s in spreads]
+        aside = 1.0
         if len(ticks) == 1:  # no line: a mark for each, side by side
-            at = ticks[0] * 1.05 ** (len(ax.containers) - (len(curves) - 1) / 2)
-            ax.errorbar([at], mean, std, fmt="D", capsize=5, color=colour, label=name)
-            ax.plot([at] * len(points), [100 * score for _, score in points], ".", color=colour, alpha=0.6)
-            continue
-        ax.plot(x, mean, "-" if name in ("scratch", "pretrained") else "--", color=colour, label=name)
-        ax.fill_between(x, [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)], color=colour, alpha=0.15, linewidth=0)
-        ax.plot([n for n, _ in points], [100 * score for _, score in points], ".", color=colour, alpha=0.6)
+            aside = 1.05 ** (k - (len(curves) - 1) / 2)
+            ax.errorbar([x[0] * aside], mean, std, fmt="D", capsize=5, color=colour, label=name)
+        else:
+            ax.plot(x, mean, "-" if name in ("scratch", "pretrained") else "--", color=colour, label=name)
+            ax.fill_between(x, [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)], color=colour, alpha=0.15, linewidth=0)
+        ax.plot([n * aside for n, _ in points], [100 * score for _, score in points], ".", color=colour, alpha=0.6)
     if metrics.get("majority"):
         ax.axhline(100 * metrics["majority"], color="#999", linestyle=":", label=evidence.trivial_answer(metrics))
     ax.set_xscale("log")
@@ -215,4 +220,4 @@ def _draw_labels(ax: Any, metrics: dict[str, Any]) -> None:
     ax.set_xticks(ticks, [f"{v:,}" if v in named else "" for v in ticks])
     ax.minorticks_off()
     ax.set(xlabel="labelled examples", ylabel=f"{metrics['metric']} (%)")
-    ax.figure.legend(frameon=False, loc="outside upper center", ncols=4)  # beside the curves, of which any may be under it
+    _legend(ax)

@@ -108,7 +108,7 @@ def finetune(recipe: FinetuneRecipe | str | Path, *, resume: bool = False, overw
 
 def _finetune(recipe: FinetuneRecipe, resume: bool, overwrite: bool, accept: tuple[str, ...], quiet: bool) -> dict[str, Any]:
     from lmssl import cards, evidence
-    from lmssl.tasks import curve, ledger, name_of
+    from lmssl.tasks import TASKS, curve, ledger
 
     values = arguments.resolve(recipe.trainer, arguments.finetune_defaults(), arguments.OWNED_BY_TASKS)
     out, first = Path(values["output_dir"]), ranks.first_process()
@@ -129,14 +129,19 @@ def _finetune(recipe: FinetuneRecipe, resume: bool, overwrite: bool, accept: tup
         runs.try_out()  # before anything is removed
         folders.remove(present)
     ranks.wait()  # for what is to be removed
-    resolved = {"task": {"name": name_of(task)} | dataclasses.asdict(task), "data": dataclasses.asdict(recipe.data), "model": {"from": recipe.source}, "trainer": values}
+    resolved = {
+        "task": {"name": config.name_of(task, TASKS)} | dataclasses.asdict(task),
+        "data": dataclasses.asdict(recipe.data),
+        "model": {"from": recipe.source},
+        "trainer": values,
+    }
     leaks = leak_check(recipe.source, runs.test)
     if not quiet and first:
         log.info("to train on: %s; to test: %s; leak check: %s", curve.counted(runs.train), curve.counted(runs.test), evidence.leaks_in_words(leaks))
     if first:
         folders.make(out)
         if runs.ledger.outdated:  # which nothing may read by the new recipe
-            folders.remove([path for name in ("config.json", "model*.safetensors*") for path in out.glob(name)])
+            folders.remove(folders.found(out, folders.MODEL))
         output.write(out / "recipe.yaml", config.dump(output.plain(resolved)))
         runs.ledger.save(runs.ledger.seconds)  # what is resumed before any run is finished is compared with this
     metrics = runs.run() | {"leaks": leaks, "continued_from": config.of_folder(recipe.source).get("model", {}).get("from"), "environment": output.environment(runs.args.device)}

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
-from lmssl import config, output, tokenization
+from lmssl import config, folders, output, tokenization
 from lmssl.data import tokens
 from lmssl.data.stream import Stream
-from lmssl.data.tokens import content_hash
 from lmssl.errors import UserError, fitting
 from lmssl.history import has_changed
 from lmssl.objectives import make
@@ -146,10 +144,8 @@ def _note(folder: Path, key: str, value: dict[str, Any]) -> None:
     """Into metrics.json of a checkpoint that lies here; what is there under other keys, or of other texts, stays."""
     if not folder.is_dir():
         return
-    lock = tokens.cache_folder() / "locks" / f"{content_hash(str(folder.resolve())):016x}"
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock):  # of several evaluations at once none is lost
+        with folders.lock_of(folder, "scores"):  # of several evaluations at once none is lost
             metrics = output.read_json(folder / "metrics.json") or {}
             before = metrics.get(key, {}) if key == "evaluated" else {}
             output.write_json(folder / "metrics.json", metrics | {key: before | value})

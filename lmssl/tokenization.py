@@ -68,8 +68,13 @@ class Tokenizer:
     def reader(self) -> Any:
         """What text of data is encoded by: the backend, or a copy in which no spelling leads to a special token."""
         if self._reader is None:
-            self._reader = vocabulary.without_spellings(self.backend, [*self.roles.values(), *self.sentinels]) or self.backend
+            self._reader = vocabulary.without_spellings(self.backend, self._special()) if vocabulary.spells(self.backend, self._special()) else self.backend
         return self._reader
+
+    def _special(self) -> set[str]:
+        """Texts of the special tokens."""
+        marked = (token.content for token in self.backend.get_added_tokens_decoder().values() if token.special)
+        return {*self.roles.values(), *self.sentinels, *marked}
 
     def id(self, role: str) -> int | None:
         """The id of a role's token, None where there is none."""
@@ -86,7 +91,7 @@ class Tokenizer:
         """sha256 over what decides ids and roles."""
         # Unigram scores change in their last digit when they are written and read again.
         spec = json.loads(self.backend.to_str(), parse_float=lambda digits: round(float(digits), 6))
-        content = json.dumps([spec, self.roles, self.sentinels, *(["read without spellings"] if self.reader is not self.backend else [])], sort_keys=True)
+        content = json.dumps([spec, self.roles, self.sentinels, *(["read without spellings"] if vocabulary.spells(self.backend, self._special()) else [])], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def eos(self) -> int:
@@ -174,8 +179,11 @@ class Tokenizer:
 
     def unknown(self) -> int | None:
         """The id that stands for what the vocabulary does not hold; None where there is none, or one with another role."""
-        model = json.loads(self.backend.to_str())["model"]
-        found = model["unk_id"] if "unk_id" in model else self.backend.token_to_id(model.get("unk_token") or "")
+        model = self.backend.model
+        if hasattr(model, "unk_token"):
+            found = self.backend.token_to_id(model.unk_token or "")
+        else:  # Unigram's is a number that its binding does not show
+            found = json.loads(self.backend.to_str())["model"]["unk_id"]
         return None if found in map(self.id, self.roles) else found
 
     def check_known(self, unknown: int, tokens: int, where: str) -> None:

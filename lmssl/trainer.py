@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from lmssl import activations, arguments, checkpoints, config, lookups, machine, models, ranks
+from lmssl import activations, arguments, checkpoints, lookups, machine, models, ranks
 from lmssl.arguments import FEWER_ROWS, WHOLE
 from lmssl.data.stream import Onwards, Stream, count_tokens
 from lmssl.errors import Interrupted, Stopped, UserError, fitting, refused, said, written
@@ -77,8 +77,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         eval_dataset: Any = None,
     ):
         _decide(args)
-        for name, value in (("optimizer", optimizer), ("on_spike", on_spike)):
-            config.convert(value, arguments.OURS[name], name)
+        arguments.check_own(optimizer=optimizer, on_spike=on_spike)
         models.keep_names(model)
         machine.keep_memory(args.device.type)
         with refused("trainer"):
@@ -110,8 +109,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self.earlier_data: list[Any] = []
         """What the identity of the run said of its text before another took its place (`--accept data`)."""
         self._known_good: set[str] = set()
-        self._approved: Path | None = None
-        """The checkpoint that `resume_point` found to be of this run."""
+        self._approved: Path | None = None  # the checkpoint that `resume_point` found to be of this run
         self.guard = Guard(self)
         self.add_callback(self.guard)
         self.add_callback(Progress(self))

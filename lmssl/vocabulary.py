@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -63,25 +63,22 @@ def _spaced(character: str) -> bool:
     return character.isalnum() and not words.spaceless(character)
 
 
-def without_spellings(backend: Any, names: Iterable[str]) -> Any | None:
-    """A copy in which no text leads to a special token; None where none does anyway.
+def spells(backend: Any, special: set[str]) -> bool:
+    """Whether a text can spell a special token, although `encode_special_tokens` has the `tokenizers` library look for none: in a vocabulary of
+    pieces or words they stand as entries like others, and "<s>" is found by its letters."""
+    if type(backend.model).__name__ not in ("Unigram", "WordPiece", "WordLevel"):
+        return False
+    return any(backend.token_to_id(t) in backend.encode(f"{t} x{t}", add_special_tokens=False).ids for t in special - UNKNOWN)
 
-    `encode_special_tokens` has the `tokenizers` library look for none of them in a text; but in a vocabulary of pieces or words they stand as
-    entries like others, and "<s>" is then found by its letters.
 
-    Args:
-        names: special tokens beside those that the backend marks as such.
-    """
+def without_spellings(backend: Any, special: set[str]) -> Any:
+    """A copy with the same ids in which no text spells a special token."""
     from tokenizers import Tokenizer as Backend
 
-    kind = type(backend.model).__name__
-    special = {*names, *(token.content for token in backend.get_added_tokens_decoder().values() if token.special)}
-    if kind not in ("Unigram", "WordPiece", "WordLevel") or not any(backend.token_to_id(t) in backend.encode(f"{t} x{t}", add_special_tokens=False).ids for t in special - UNKNOWN):
-        return None
     spec = json.loads(backend.to_str())
     model = spec["model"]
-    if kind != "Unigram":
-        special.add(model["unk_token"])
+    if "unk_token" in model:
+        special = special | {model["unk_token"]}
         model["unk_token"] = _UNWRITTEN + model["unk_token"]
         model["vocab"] = {_UNWRITTEN * (piece in special) + piece: i for piece, i in model["vocab"].items()}
     else:

@@ -283,7 +283,7 @@ def prepare(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"), written(f"the token set {folder}"):
         if kept := _whole(folder):
-            return _known(kept)
+            return _known(kept, tokenizer)
         for left in (folder, *folder.parent.glob(f"{key}.part-*")):  # damaged, or of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         total = sum(s.bytes for s in [*train, *held])
@@ -300,14 +300,14 @@ def prepare(
             made = write(texts, tokenizer, folder, corpus.documents(held, bar.update, bad) if held else float(held_out), described, grams, bad)
         if bad.count:
             log.warning("%d bad records skipped, the first: %s", bad.count, bad.first[0])
-        return _known(made)
+        return _known(made, tokenizer)
 
 
-def _known(token_set: TokenSet) -> TokenSet:
-    """A token set, refused where its text is mostly unknown to the tokenizer."""
+def _known(token_set: TokenSet, tokenizer: Tokenizer) -> TokenSet:
+    """A token set, refused where its text is mostly unknown to its tokenizer."""
     counts = token_set.manifest["train"]
     if counts.get("unknown"):
-        token_set.tokenizer.check_known(counts["unknown"], counts["tokens"], "data.text")
+        tokenizer.check_known(counts["unknown"], counts["tokens"], "data.text")
     return token_set
 
 

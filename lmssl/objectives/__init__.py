@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lmssl.config import build, imported
-from lmssl.errors import UserError, did_you_mean
+from lmssl.config import build, chosen, name_of
+from lmssl.errors import UserError
 from lmssl.objectives.base import Objective
 from lmssl.objectives.denoising import Infilling, SpanCorruption
 from lmssl.objectives.masked import MaskedTokens
@@ -28,31 +28,21 @@ def make(section: Mapping[str, Any], where: str = "objective") -> Objective:
     Raises:
         UserError: no name, an unknown name or field, a value out of range, or a plug-in that cannot be imported.
     """
-    fields = dict(section)
-    name = fields.pop("name", None)
-    if not isinstance(name, str):
-        raise UserError(f"{where}.name: {'missing' if name is None else f'expected a name, got {name!r}'}; {did_you_mean(name, OBJECTIVES)}")
-    return build(OBJECTIVES.get(name) or _plugin(name, f"{where}.name"), fields, where)
-
-
-def name_of(objective: Objective) -> str:
-    """The recipe name of an objective."""
-    for name, cls in OBJECTIVES.items():
-        if type(objective) is cls:
-            return name
-    return f"{type(objective).__module__}:{type(objective).__qualname__}"
+    cls, fields = chosen(section, OBJECTIVES, where)
+    if section["name"] not in OBJECTIVES:
+        _check(cls, section["name"], f"{where}.name")
+    return build(cls, fields, where)
 
 
 def fields_of(objective: Objective) -> dict[str, Any]:
     """The recipe section that makes this objective again."""
-    return {"name": name_of(objective), **dataclasses.asdict(objective)}  # type: ignore[call-overload]
+    return {"name": name_of(objective, OBJECTIVES), **dataclasses.asdict(objective)}  # type: ignore[call-overload]
 
 
-def _plugin(name: str, where: str) -> type:
-    cls = imported(name, OBJECTIVES, where)
+def _check(cls: Any, name: str, where: str) -> None:
+    """Refuse what is no objective, naming what it lacks."""
     missing = [member for member in MEMBERS if not hasattr(cls, member)]
     if isinstance(cls, type) and not any("__call__" in base.__dict__ for base in cls.__mro__):
         missing.append("__call__")
     if not (dataclasses.is_dataclass(cls) and isinstance(cls, type)) or missing:
         raise UserError(f"{where}: '{name}' is not an objective: a frozen dataclass with {', '.join(MEMBERS)} and __call__ ({', '.join(missing) or 'a dataclass'} is missing)")
-    return cls

@@ -112,6 +112,38 @@ class Objective(Protocol):
         ...
 
 
+def fault(item: Any, size: int, family: Family | None = None) -> str | None:
+    """What is wrong with what an objective returned, None where it will do.
+
+    Args:
+        item: should be `Arrays`, as `Objective.__call__` says.
+        size: of the vocabulary.
+        family: of the model, where it is known: the first token of a decoder's row cannot be asked.
+    """
+    if not isinstance(item, dict):
+        return f"expected arrays by name, got {type(item).__name__}"
+    alike = [("input_ids", "segments"), ("input_ids", "labels")]
+    if family == "encoder-decoder" or "decoder_input_ids" in item:
+        alike = [("input_ids", "segments"), ("decoder_input_ids", "decoder_segments"), ("decoder_input_ids", "labels")]
+    if missing := [name for name in dict.fromkeys(name for pair in alike for name in pair) if name not in item]:
+        return f"no {' and no '.join(missing)}"
+    for name, array in item.items():
+        if not isinstance(array, np.ndarray):
+            return f"{name} must be a one-dimensional array of whole numbers, not {type(array).__name__}"
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            return f"{name} must be a one-dimensional array of whole numbers, not {array.dtype} {array.shape}"
+    for one, other in alike:
+        if len(item[one]) != len(item[other]):
+            return f"{other} has {len(item[other])} entries, {one} {len(item[one])}"
+    for name in (name for name in ("input_ids", "decoder_input_ids", "labels") if name in item):
+        ids = item[name][item[name] != IGNORE] if name == "labels" else item[name]
+        if len(odd := ids[(ids < 0) | (ids >= size)]):
+            return f"{name} holds {odd[0]}; ids are 0 to {size - 1}" + (f", and what is not asked {IGNORE}" if name == "labels" else "")
+    if family == "decoder" and len(item["labels"]) and item["labels"][0] != IGNORE:
+        return f"the first token of a row is asked, and nothing stands before it: labels are unshifted, as transformers' own, and {IGNORE} there"
+    return None
+
+
 class SameLength:
     """For objectives whose every array is as long as the row, and whose held-out rate is their own."""
 
