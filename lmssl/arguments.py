@@ -245,8 +245,8 @@ def check(args: TrainingArguments) -> None:
         if kwargs.get("use_reentrant"):
             raise UserError(f"trainer.{name}: use_reentrant=true is not supported, the FLOPs of a step are counted through torch.autograd.grad; leave it out")
         config.check_keys(kwargs, CHECKPOINTING, f"trainer.{name}")
-        if (every := kwargs.get("every_n_layers", 1)) < 1:
-            raise UserError(f"trainer.{name}: every_n_layers={every} must be at least 1")
+        if not isinstance(every := kwargs.get("every_n_layers", 1), int) or every < 1:
+            raise UserError(f"trainer.{name}: every_n_layers={every} must be a whole number above 0")
     if args.world_size != processes():
         way_out = "trainer.use_cpu=true trains on the CPUs" if args.device.type != "cuda" else "start them with torchrun or accelerate launch"
         raise UserError(f"trainer: {processes()} processes were started (WORLD_SIZE), of which {args.world_size} can train together on this device: {way_out}")
@@ -269,7 +269,8 @@ def _try(args: TrainingArguments, values: Mapping[str, Any]) -> None:
 
     with refused(f"trainer.lr_scheduler_type: {values.get('lr_scheduler_type', 'linear')} (trainer.lr_scheduler_kwargs)"):
         nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        get_scheduler(args.lr_scheduler_type, nothing, num_warmup_steps=1, num_training_steps=max(2, args.max_steps), scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+        # Without warm-up, in which its settings are not looked at.
+        get_scheduler(args.lr_scheduler_type, nothing, num_warmup_steps=0, num_training_steps=max(2, args.max_steps), scheduler_specific_kwargs=args.lr_scheduler_kwargs)
     if args.torch_compile and args.torch_compile_mode and args.torch_compile_backend == "inductor":
         from torch._inductor import list_mode_options
 

@@ -173,7 +173,7 @@ def set_keys(mapping: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, 
 
 
 def convert(value: Any, annotation: Any, where: str) -> Any:
-    """One value converted to one annotation, by pydantic's rules, except that true and false are never numbers."""
+    """One value converted to one annotation, by pydantic's rules, except that true and false are never numbers, alone or in a list."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     if isinstance(value, list | tuple):
@@ -186,7 +186,8 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
         result = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
         raise UserError(f"{where}: expected {describe(annotation)}, got {value!r}") from error
-    if isinstance(value, bool) and not isinstance(result, bool) and isinstance(result, int | float):
+    pairs = zip(value, result, strict=True) if isinstance(value, list) and isinstance(result, list) else [(value, result)]
+    if any(isinstance(given, bool) and not isinstance(made, bool) and isinstance(made, int | float) for given, made in pairs):
         raise UserError(f"{where}: expected {describe(annotation)}, got {value!r}")
     return result
 
@@ -217,6 +218,21 @@ def chosen(section: Mapping[str, Any], choices: Mapping[str, Any], where: str) -
     if not isinstance(name, str):
         raise UserError(f"{where}.name: {'missing' if name is None else f'expected a name, got {name!r}'}; {did_you_mean(name, choices)}")
     return (choices[name] if name in choices else _imported(name, choices, f"{where}.name")), fields
+
+
+def check_code(section: Mapping[str, Any], choices: Mapping[str, Any], where: str, checkpoint: str, overrides: typing.Iterable[str]) -> None:
+    """Refuse code that a checkpoint's recipe names (see `chosen`) and the caller does not: checkpoints are handed around.
+
+    Args:
+        section: of that recipe.
+        where: the section's name.
+        overrides: `section.key=value`, of the caller.
+    """
+    name = section.get("name")
+    if not isinstance(name, str) or name in choices or f"{where}.name={name}" in overrides:
+        return
+    if name.partition(":")[0] not in sys.modules:  # what is imported already runs nothing now
+        raise UserError(f"{checkpoint}: its recipe.yaml asks for code outside of lmssl, '{name}'; if you trust it: {where}.name={name}")
 
 
 def name_of(thing: Any, choices: Mapping[str, Any]) -> str:

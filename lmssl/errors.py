@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 
@@ -56,7 +57,7 @@ def written(what: str, stop: Callable[[str], Exception] = Stopped) -> Iterator[N
         if foreign and "inline_container" in text:  # torch.save counts bytes and names no reason
             text = "the file is shorter than what was written to it; the disk or a limit on file size is full"
             raise stop(f"{what} cannot be written: {text}") from error
-        if foreign and any(word in text.lower() for word in ("write", "space", "too large", "os error")):
+        if foreign and re.search(r"\b(writ(e|ing|ten)|space|too large|os error)\b", text.lower()):
             raise stop(f"{what} cannot be written: {text[:200]}") from error
         raise
 

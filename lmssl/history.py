@@ -10,7 +10,7 @@ from lmssl import checkpoints, config, output, tokenization
 from lmssl.data.contamination import SHORTEST, leaked, searchable
 from lmssl.data.tokens import TokenSet
 from lmssl.errors import UserError
-from lmssl.recipe import PRETRAIN, DataSection, prepared
+from lmssl.recipe import DataSection, prepared
 from lmssl.tokenization import Tokenizer
 
 
@@ -54,17 +54,16 @@ def _pretraining_text(checkpoint: str) -> tuple[TokenSet, Tokenizer, str | None]
         raise UserError(f"{checkpoint} has no recipe.yaml of lmssl, so its text is not known")
     if "task" in recipe:
         raise UserError(f"{checkpoint} was fine-tuned, and what it has seen since its pretraining is not known")
-    sections = config.load(Path(checkpoint) / "recipe.yaml", (), PRETRAIN)
     try:
         tokenizer = tokenization.load(checkpoint)
-        found = prepared(config.build(DataSection, sections["data"], "data"), tokenizer, quiet=True)
+        found = prepared(config.build(DataSection, recipe.get("data", {}), "data"), tokenizer, quiet=True)
     except UserError as error:
         raise UserError(f"the pretraining text of {checkpoint} is not at hand: {error}") from None
     # The same text, but cleaned by an older rule: what has leaked may no longer be in it.
     other_tokens = (_of_text(checkpoint) or {}).get("tokens", found.identity["tokens"]) != found.identity["tokens"]
     if has_changed(checkpoint, found) or other_tokens or _recorded(checkpoint, "earlier_data"):
         raise UserError(f"the pretraining text of {checkpoint} has changed since, or was another before the run was resumed")
-    return found, tokenizer, sections["model"].get("from")
+    return found, tokenizer, recipe.get("model", {}).get("from")
 
 
 def has_changed(checkpoint: str, found: TokenSet) -> bool:

@@ -17,13 +17,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
-from lmssl import arguments, forward, machine, models, output, packing, runs
+from lmssl import arguments, forward, machine, models, output, packing, probe, runs
 from lmssl.data.stream import Stream, count_tokens
 from lmssl.errors import Interrupted, Stopped, UserError, out_of_memory
 from lmssl.objectives.cross_entropy import token_loss
@@ -307,13 +306,13 @@ def ladder(wanted: PretrainRecipe, minutes: float) -> Iterator[Rung]:
         if seen and section == seen[-1].model:  # of few heads or layers
             continue
         model = forward.prepare(models.build(section, stream.vocab, objective, length, args.seed), collator.most_documents is not None)
-        forward.check_isolated(model, stream.vocab, length)
+        if not seen:
+            forward.check_isolated(model, stream.vocab, length)
         inner = inner_parameters(model)
         try:
+            seconds = probe.step_seconds(args, model, stream, collator, rows)
             with machine.autocast(args):
-                flops = machine.step_flops(model.to(args.device), batch, token_loss)
-                call = partial(forward.output_for_loss, model, forward.head_for_loss(model, stream.vocab, args))
-                seconds = machine.pass_seconds(model, batch, token_loss, call)
+                flops = machine.step_flops(model, batch, token_loss)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -335,7 +334,8 @@ def plan(wanted: PretrainRecipe, minutes: float) -> tuple[list[Rung], Rung, dict
     length = wanted.data.seq_length
     budget = 6 * best.inner * best.tokens
     rows = max(8, 2 ** round(math.log2(batch_tokens(budget) / length)))
-    micro = min(rows, wanted.trainer.get("per_device_train_batch_size") or 64)
+    asked = wanted.trainer.get("per_device_train_batch_size")
+    micro = min(rows, 64 if asked is None else arguments.resolve(wanted.trainer, arguments.pretrain_defaults())["per_device_train_batch_size"])
     rows -= rows % micro
     trainer = {k: v for k, v in wanted.trainer.items() if k not in ("max_steps", "num_train_epochs", "gradient_accumulation_steps")}
     # As many steps as the run will have, near enough, since they decide whether it compiles; `cost` takes the first few.
@@ -353,13 +353,13 @@ def plan(wanted: PretrainRecipe, minutes: float) -> tuple[list[Rung], Rung, dict
     trainer["max_steps"] = steps
     per_step = measured.tokens / measured.steps
     measured = dataclasses.replace(measured, steps=steps, tokens=round(per_step * steps), epochs=measured.epochs / measured.steps * steps)
-    sections = {"data": {k: v for k, v in dataclasses.asdict(wanted.data).items() if v != _default(k)}, "model": best.model, "objective": wanted.objective, "trainer": trainer}
+    sections = {
+        "data": {k: v for k, v in dataclasses.asdict(wanted.data).items() if v != getattr(DataSection, k, None)},
+        "model": best.model,
+        "objective": wanted.objective,
+        "trainer": trainer,
+    }
     return rungs, best, output.plain(sections), measured
-
-
-def _default(name: str) -> Any:
-    field = next(f for f in dataclasses.fields(DataSection) if f.name == name)
-    return field.default
 
 
 def table(rungs: list[Rung], best: Rung) -> str:

@@ -30,7 +30,7 @@ def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) 
         UserError: no checkpoint, no task named, another task than it was trained for.
     """
     from lmssl import machine, models
-    from lmssl.tasks import make_task
+    from lmssl.tasks import TASKS, make_task
     from lmssl.tasks.base import Backbone
 
     models.read_config(checkpoint, "CHECKPOINT")
@@ -38,8 +38,9 @@ def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) 
     if sections:
         if "task" not in sections:
             raise UserError(f"{checkpoint}: is a pretrained backbone, not a fine-tuned model; lmssl finetune makes one")
-        if task_name and task_name != sections["task"]["name"]:
-            raise UserError(f"--task: {checkpoint} was fine-tuned for {sections['task']['name']}, not {task_name}")
+        if task_name and task_name != sections["task"].get("name"):
+            raise UserError(f"--task: {checkpoint} was fine-tuned for {sections['task'].get('name')}, not {task_name}")
+        config.check_code(sections["task"], TASKS, "task", checkpoint, overrides)
     elif not task_name:
         raise UserError(f"--task: {checkpoint} has no recipe.yaml that says what it was fine-tuned for; name the task")
     known_by_recipe = bool(sections)

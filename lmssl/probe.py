@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from lmssl import activations, config, forward, machine, ranks
 from lmssl.arguments import FEWER_ROWS
 from lmssl.data.stream import Collator, Stream
-from lmssl.errors import Stopped, UserError, fitting, out_of_memory
+from lmssl.errors import Stopped, fitting, out_of_memory
 from lmssl.objectives.cross_entropy import token_loss
 
 log = logging.getLogger("lmssl")
@@ -32,18 +32,14 @@ SMALLEST = 1024
 """Tokens of a micro-batch below which matrix products are too small to be worth a try, unless nothing larger fits."""
 
 
-def recorded(path: Path, values: Mapping[str, Any], sections: tuple[str, ...]) -> dict[str, Any]:
+def recorded(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     """What a run chose of what the trainer section leaves open; nothing where its recipe cannot be read, and no split of another batch.
 
     Args:
-        path: the run's recipe.yaml.
+        folder: of the run.
         values: the trainer section as it is now, of `arguments.resolve`.
-        sections: names of a recipe's sections.
     """
-    try:
-        then = config.load(path, (), sections)["trainer"]
-    except (UserError, KeyError):
-        return {}
+    then = config.of_folder(folder).get("trainer", {})
     names = [] if "torch_compile" in values else ["torch_compile"]
     size, parts = "per_device_train_batch_size", "gradient_accumulation_steps"
     if values["batch"] == "auto" and then.get(size, 0) * then.get(parts, 1) == values[size] * values.get(parts, 1):
@@ -75,9 +71,9 @@ def choose(values: Mapping[str, Any], args: TrainingArguments, model: PreTrained
     if "torch_compile" not in done:
         size, parts, steps = done["per_device_train_batch_size"], done.get("gradient_accumulation_steps", 1), done["max_steps"]
         with fitting(f"a pass of {size} rows", f"{FEWER_ROWS}, or trainer.batch=auto"):
-            step = seconds.get(size) or _step(args, model, stream, collator, size, parts, 1)
+            step = seconds.get(size) or step_seconds(args, model, stream, collator, size, parts, 1)
             if step * steps > WORTH and size not in seconds:  # a first pass may only have been slow to start
-                step = _step(args, model, stream, collator, size, parts)
+                step = step_seconds(args, model, stream, collator, size, parts)
         done["torch_compile"] = step * steps > WORTH and machine.compiles(args.device.type)
         log.info("trainer.torch_compile: %s; %d steps would take %.0f s without", str(done["torch_compile"]).lower(), steps, step * steps)
     return ranks.as_the_first(done)
@@ -89,7 +85,7 @@ def fastest(args: TrainingArguments, model: PreTrainedModel, stream: Stream, col
     size, best = rows, rows
     while True:
         try:
-            seconds[size] = _step(args, model, stream, collator, size, rows // size)
+            seconds[size] = step_seconds(args, model, stream, collator, size, rows // size)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -107,8 +103,8 @@ def fastest(args: TrainingArguments, model: PreTrainedModel, stream: Stream, col
     return best, seconds
 
 
-def _step(args: TrainingArguments, model: PreTrainedModel, stream: Stream, collator: Collator, size: int, parts: int, repeats: int = 3) -> float:
-    """Seconds of the passes of a step of so many micro-batches, not compiled."""
+def step_seconds(args: TrainingArguments, model: PreTrainedModel, stream: Stream, collator: Collator, size: int, parts: int = 1, repeats: int = 3) -> float:
+    """Seconds of the passes of a step of so many micro-batches of `size` rows, not compiled, as the trainer makes them."""
     machine.keep_memory(args.device.type)  # as the trainer will
     activations.quicker(model, args.device.type)
     batch = {k: v.to(args.device) for k, v in collator([stream[i] for i in range(min(size, len(stream)))]).items()}

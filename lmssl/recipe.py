@@ -30,6 +30,8 @@ def _complete(sections: dict[str, Any], names: tuple[str, ...], path: str) -> No
     for name in names:
         if name not in sections:
             raise UserError(f"{path}: the section '{name}' is missing; this kind of recipe has {', '.join(names)}")
+        if not isinstance(sections[name], dict):
+            raise UserError(f"{path}: {name}: expected a mapping of keys to values, got {sections[name]!r:.80}")
 
 
 @dataclass(frozen=True)

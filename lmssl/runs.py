@@ -17,7 +17,7 @@ from lmssl.errors import UserError, written
 from lmssl.history import leak_check
 from lmssl.objectives import fields_of, make
 from lmssl.objectives.base import Objective
-from lmssl.recipe import PRETRAIN, FinetuneRecipe, PretrainRecipe, prepared
+from lmssl.recipe import FinetuneRecipe, PretrainRecipe, prepared
 from lmssl.tokenization import Tokenizer
 
 if typing.TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _pretrain(recipe: PretrainRecipe, resume: bool, overwrite: bool, accept: tup
     folders.check_free(out, folders.leavings(out), recipe.continued, resume and folders.holds_run(out), overwrite or not first)
     before = (output.read_json(out / "metrics.json") or {}) if resume else {}
     if resume:
-        values |= (chosen := probe.recorded(out / "recipe.yaml", values, PRETRAIN))
+        values |= (chosen := probe.recorded(out, values))
         ranks.check_same_folder(out, (chosen, before.get("steps")))
     if _finished(out, before, values.get("max_steps")):
         return before

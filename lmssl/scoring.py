@@ -15,8 +15,8 @@ from lmssl.data import tokens
 from lmssl.data.stream import Stream
 from lmssl.errors import UserError, fitting
 from lmssl.history import has_changed
-from lmssl.objectives import make
-from lmssl.recipe import PRETRAIN, DataSection, prepared
+from lmssl.objectives import OBJECTIVES, make
+from lmssl.recipe import DataSection, prepared
 
 log = logging.getLogger("lmssl")
 
@@ -64,7 +64,8 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     if not math.isfinite(values["loss"]):
         raise UserError(f"{checkpoint}: its loss is not finite; its weights are broken")
     found = {name: values[name] for name in ("loss", "bits_per_byte")}
-    asked = [o for o in overrides if o.startswith(("data.", "objective."))]
+    trusted = f"objective.name={config.of_folder(folder).get('objective', {}).get('name')}"  # says nothing that the recipe does not
+    asked = [o for o in overrides if o.startswith(("data.", "objective.")) and o != trusted]
     if asked:
         _note(folder, "evaluated", {" ".join(asked): found})
     else:
@@ -74,9 +75,12 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
 
 def _sections(folder: Path, overrides: typing.Sequence[str], objective: str, length: int, own_text: bool) -> dict[str, dict[str, Any]]:
     """The recipe of a checkpoint, or where it has none a name and a length, with overrides; refused where it would measure what was trained on."""
+    own = config.of_folder(folder)
+    config.check_code(own.get("objective", {}), OBJECTIVES, "objective", str(folder), overrides)
     sections: dict[str, dict[str, Any]] = {"data": {"seq_length": length}, "objective": {"name": objective}, "model": {}, "trainer": {}}
-    if config.of_folder(folder):
-        sections |= config.load(folder / "recipe.yaml", (), PRETRAIN)
+    sections |= own
+    given = config.apply_overrides({"trainer": {}}, [o for o in overrides if o.startswith("trainer.")], ("trainer",))
+    config.check_keys(given["trainer"], ["per_device_eval_batch_size"], "trainer")
     sections = config.apply_overrides(sections, overrides, ("data", "objective", "trainer"))
     if own_text and any(o.startswith(("data.held_out=", "data.decontaminate=")) for o in overrides):
         raise UserError("data.held_out: what this checkpoint was trained on would be measured too; other text: data.text=PATH")

@@ -119,6 +119,8 @@ trainer:   {output_dir: %s, max_steps: 2}
 BAD_RECIPES = [
     (["objective.rat=0.3"], "objective.rat: unknown key; did you mean 'rate'"),
     (["objective.rate=1.5"], "objective: rate=1.5 must be above 0.0 and at most 1.0"),
+    (["objective.rate=true"], "objective.rate: expected a number, got True"),
+    (["objective.unit=span", "objective.span_max=1000000000"], "span_max=1000000000 must be between 1 and 10,000 words"),
     (["objective.rate=lots"], "objective.rate: expected a number, got 'lots'"),
     (["objective.name=maskd"], "objective.name: nothing is called 'maskd'; did you mean 'masked'"),
     (["objective.name=next_token"], "'bert' is an encoder"),
@@ -215,6 +217,8 @@ def test_epochs_become_steps(tmp_path):
 def test_missing_sections_and_paths(tmp_path):
     with pytest.raises(UserError, match=r"data.tokenizer: missing"):
         PretrainRecipe.of({"data": {"text": "x"}, "model": {"architecture": "bert"}, "objective": {"name": "masked"}, "trainer": {}})
+    with pytest.raises(UserError, match=r"recipe: model: expected a mapping of keys to values, got 'gpt2'"):
+        PretrainRecipe.of({"data": {"text": "x"}, "model": "gpt2", "objective": {"name": "masked"}, "trainer": {}})
 
 
 @pytest.mark.parametrize(
@@ -234,7 +238,13 @@ def test_found_by_the_fuzzer(overrides, message, tmp_path, corpus_file, capsys):
 
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [("data.test=-0.5", "fraction above 0"), ("data.max_length=-1", "at least 8 tokens"), ("task.name={a: 1}", "expected a name"), (f"model.from={'a' * 300}", "too long")],
+    [
+        ("data.test=-0.5", "fraction above 0"),
+        ("task.labels=[true]", r"task.labels: expected a list of a whole number, got \[True\]"),
+        ("data.max_length=-1", "at least 8 tokens"),
+        ("task.name={a: 1}", "expected a name"),
+        (f"model.from={'a' * 300}", "too long"),
+    ],
 )
 def test_found_by_the_fuzzer_in_fine_tuning(keys, message, tmp_path, capsys):
     import re

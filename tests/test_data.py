@@ -196,6 +196,7 @@ BAD = {
     "all.txt::file": (b"one\ntwo\n", r"no document to train on: the only one is held out .*FILE::paragraph"),
     "zip.jsonl": (b"PK\x03\x04rest", r"zip.jsonl: is a zip archive"),
     "long.txt": (b"a" * (formats.MAX_LINE + 5), r"long.txt:1: longer than 16 MiB"),
+    "mark.txt": (b"\xef\xbb\xbf" + b"a" * (formats.MAX_LINE + 5) + b"\nb\n", r"mark.txt:1: longer than 16 MiB"),
     "break.csv": (b'zz,"2\n3"\nt,u\n', r"break.csv:3: no column 'text'; choose from: 2 3, zz"),
     "empty.jsonl": (b"", r"no document to train on"),
     "blank.txt": (b"\n  \n\n", r"no document to train on"),
@@ -225,6 +226,7 @@ SOME_BAD = {
     "x.tsv": (b"text\tn\na\t1\nb\n\xff\t3\nd\t4\n", ["a", "d"], 2),
     "line.txt": (b"a\n\xffb\nc\rd\ne\0\nf\n", ["a", "f"], 3),
     "x.txt::paragraph": (b"a\nb\n\nc\n\xff\nd\n\ne\n", ["a\nb", "e"], 1),
+    "mark.txt": (b"\xef\xbb\xbf" + b"b" * (formats.MAX_LINE * 2 + 5) + b"\nc\n", ["c"], 1),
     "long.txt": (b"a\n" + b"b" * (formats.MAX_LINE * 2 + 5) + b"\nc\n", ["a", "c"], 1),
 }
 

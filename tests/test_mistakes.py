@@ -5,12 +5,13 @@ import json
 import os
 import re
 import shutil
+import sys
 
 import pytest
 import torch
 
 import lmssl
-from lmssl import PretrainTrainer, arguments, models
+from lmssl import PretrainTrainer, arguments, config, models
 from lmssl.cli import run
 from lmssl.config import apply_overrides
 from lmssl.errors import UserError, said
@@ -45,7 +46,9 @@ def refusal(capsys, *args):
         ("trainer.neftune_noise_alpha=-1", "trainer.neftune_noise_alpha: -1.0 must be at least 0"),
         ("trainer.gradient_checkpointing_kwargs=x", "checkpointing_kwargs: "),
         ("trainer.gradient_checkpointing_kwargs.foo=1", "checkpointing_kwargs.foo: unknown key"),
-        ("trainer.gradient_checkpointing_kwargs.every_n_layers=0", "checkpointing_kwargs: every_n_layers=0 must be at least 1"),
+        ("trainer.gradient_checkpointing_kwargs.every_n_layers=0", "checkpointing_kwargs: every_n_layers=0 must be a whole number above 0"),
+        ("trainer.gradient_checkpointing_kwargs.every_n_layers=x", "checkpointing_kwargs: every_n_layers=x must be a whole number above 0"),
+        ("trainer.lr_scheduler_type=cosine_with_restarts trainer.lr_scheduler_kwargs.num_cycles=a", "trainer.lr_scheduler_type: cosine_with_restarts .*"),
         ("trainer.torch_compile_mode=fast", "trainer.torch_compile_mode: Unrecognized mode=fast"),
         ("trainer.use_liger_kernel=true", "trainer.use_liger_kernel: the package is missing"),
         ("model.chunk_size_feed_forward=7", "model: this 'bert' cannot read a row of packed documents: .*chunk"),
@@ -132,9 +135,29 @@ def test_a_fine_tuned_model_is_scored_on_labelled_files(sentiment, capsys):
     assert len(saved["results"]) == 2
     assert "data.test: missing; " in refusal(capsys, "evaluate", sentiment / "sent")
     assert "data.test: 0.2 names no file; " in refusal(capsys, "evaluate", sentiment / "sent", "data.test=0.2")
+    for made in ("sent", "run"):
+        assert "trainer.per_device_eval_batchsize: unknown key; did you mean" in refusal(capsys, "evaluate", sentiment / made, "trainer.per_device_eval_batchsize=8")
     assert "--out: no such folder: " in refusal(capsys, "predict", sentiment / "sent", sentiment / "new.csv", "--out", sentiment / "none" / "x.jsonl")
     (sentiment / "other.csv").write_text("review,class\nfine,neutral\n")
     assert "other.csv:2: the class 'neutral' is none of the model's (bad, good)" in refusal(capsys, "evaluate", sentiment / "sent", f"data.test={sentiment / 'other.csv'}", *names)
+
+
+@pytest.mark.parametrize(("verb", "made", "section"), [("predict", "sent", "task"), ("evaluate", "sent", "task"), ("evaluate", "run", "objective")])
+def test_code_that_a_checkpoint_names_is_not_run(verb, made, section, sentiment, tmp_path, monkeypatch, capsys):
+    """Unless the command line names it too: checkpoints are handed around, with whatever lies in their folder."""
+    shutil.copytree(sentiment / made, tmp_path / f"from_{made}_{verb}")
+    folder, mark = tmp_path / f"from_{made}_{verb}", tmp_path / "mark"
+    (folder / "helper.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    name = f"{folder.name}.helper:X"
+    (folder / "recipe.yaml").write_text(config.dump(sections := config.of_folder(folder)).replace(f"name: {sections[section]['name']}", f"name: {name}"))
+    (tmp_path / "new.csv").write_text("#1,#2\na film,good\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    rest = ["new.csv"] if verb == "predict" else ["data.test=new.csv"] if made == "sent" else []
+    assert f"{folder.name}: its recipe.yaml asks for code outside of lmssl, '{name}'; if you trust it: {section}.name={name}" in refusal(capsys, verb, folder.name, *rest)
+    assert not mark.exists()
+    assert f"{section}.name: '{name}' cannot be imported: AttributeError" in refusal(capsys, verb, folder.name, *rest, f"{section}.name={name}")
+    assert mark.exists()
 
 
 def test_a_column_behind_a_labelled_file_is_refused(sentiment, capsys):

@@ -117,7 +117,7 @@ def test_a_real_pass_leaves_no_gradient(sections):
     run(sections, overwrite=True)
     again = load_file(f"{folder}/model.safetensors")
     assert all(torch.equal(first[k], again[k]) for k in first)
-    assert probe.recorded(sections["trainer"]["output_dir"] + "/nothing.yaml", {}, PRETRAIN) == {}
+    assert probe.recorded(sections["trainer"]["output_dir"] + "/nothing", {}) == {}
 
 
 @pytest.mark.parametrize("continued", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -9,6 +10,7 @@ import json
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import IO, Any
 
 from lmssl.errors import UserError, said
@@ -50,57 +52,29 @@ class BadRecords:
             self.first.append(self.last)
 
 
-class _Once(BadRecords):
-    """Of a document of several lines the first fault counts, and no other.
-
-    Args:
-        bad: what counts.
-        spoilt: whether the document has had a fault already.
-    """
-
-    def __init__(self, bad: BadRecords, spoilt: Callable[[], bool]):
-        super().__init__(bad.skip)
-        self._bad, self._spoilt = bad, spoilt
-
-    def __call__(self, error: UserError) -> None:
-        if not self._spoilt():
-            self._bad(error)
-
-
 def type_in_words(value: Any) -> str:
     """What a value is that should have been text, or an object."""
     return {type(None): "nothing (null)", list: "a list", dict: "an object", bool: "true or false", str: "text", bytes: "bytes"}.get(type(value), f"a number ({value!r})")
 
 
-class _Counting(io.BufferedReader):
-    """A file that reports how far it has been read."""
+class _Counted(io.FileIO):
+    """A file that reports what is read of it."""
 
     def __init__(self, path: str, on_bytes: Callable[[int], None] | None):
-        super().__init__(io.FileIO(path))
-        self._report, self._reported = on_bytes, 0
+        super().__init__(path)
+        self._report = on_bytes
 
-    def read(self, *args: Any) -> bytes:
-        self._tick()
-        return super().read(*args)
-
-    def read1(self, *args: Any) -> bytes:
-        self._tick()
-        return super().read1(*args)
-
-    def readline(self, *args: Any) -> bytes:
-        self._tick()
-        return super().readline(*args)
-
-    def _tick(self) -> None:
-        if self._report and (at := self.tell()) - self._reported > 2**16:
-            self._report(at - self._reported)
-            self._reported = at
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer)
+        if self._report and count:
+            self._report(count)
+        return count
 
 
 def opened(path: str, on_bytes: Callable[[int], None] | None) -> IO[bytes]:
     """A file, unpacked where it is gzip; what contradicts its name is refused."""
     try:
-        raw = _Counting(path, on_bytes)
+        raw = io.BufferedReader(_Counted(path, on_bytes), 2**17)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     head = raw.peek(4)[:4]
@@ -132,32 +106,30 @@ class _Unpacked(gzip.GzipFile):
         return len(data)
 
 
-def _lines(stream: IO[bytes], path: str, bad: BadRecords) -> Iterator[tuple[int, str]]:
-    """Lines without their ends, decoded; split at LF alone (CR LF included), never at U+2028. A bad one has a NUL in it."""
-    number = 0
-    while True:
-        number += 1
+def _lines(stream: IO[bytes], path: str) -> Iterator[tuple[int, str, UserError | None]]:
+    """Lines without their ends, decoded, each with its number and what is wrong with it; split at LF alone (CR LF included), never at U+2028."""
+    for number in count(1):
         try:
             line = stream.readline(MAX_LINE + 1)
-            rest = line
-            while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
-                if not bad.skip:
-                    break
-                rest = stream.readline(MAX_LINE + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path}:{number}: the gzip data is damaged: {error}") from None
         if not line:
             return
         if number == 1:
-            if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise UserError(f"{path}:1: is UTF-16; convert it to UTF-8")
-            line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.startswith(codecs.BOM_UTF8):
+                line = line[3:] if line.endswith(b"\n") else line[3:] + stream.readline(3)  # as long a line as any other
+        text, wrong = "", None
         try:
-            yield number, "" if line == b"\n" else _text_of(line, f"{path}:{number}")  # blank ones may come by the million
+            text = "" if line == b"\n" else _text_of(line, f"{path}:{number}")  # blank ones may come by the million
         except UserError as error:
-            bad(error)
+            wrong = error
             # Its quotes still tell a table where the record ends that it spoils.
-            yield number, (line.decode("utf-8", "replace").strip("\r\n") if len(line) <= MAX_LINE else "") + "\0"
+            text = line.decode("utf-8", "replace").strip("\r\n") if len(line) <= MAX_LINE else ""
+        yield number, text, wrong
+        while len(line) > MAX_LINE and not line.endswith(b"\n"):  # what is left of it, where it was skipped
+            line = stream.readline(MAX_LINE + 1)
 
 
 def _text_of(line: bytes, where: str) -> str:
@@ -177,19 +149,17 @@ def txt(stream: IO[bytes], path: str, unit: str, bad: BadRecords) -> Iterator[Re
     """Documents of a text file, by line, file or paragraph."""
     held: list[str] = []
     begin = size = 0
-    spoilt = False  # a bad line spoils the document that it stands in
-    if unit != "line":
-        bad = _Once(bad, lambda: spoilt)
-    for number, line in _lines(stream, path, bad):
-        wrong = "\0" in line
+    spoilt = False  # a bad line spoils the document that it stands in, once
+    for number, line, wrong in _lines(stream, path):
         if "\r" in line and not wrong:
-            bad(UserError(f"{path}:{number}: a carriage return inside the line; convert the line ends to LF"))
-            wrong = True
+            wrong = UserError(f"{path}:{number}: a carriage return inside the line; convert the line ends to LF")
+        if wrong and not spoilt:
+            bad(wrong)
         if unit == "line":
             if line and not wrong:
                 yield {"text": line}, f"{path}:{number}"
             continue
-        if unit == "paragraph" and not line.strip():
+        if unit == "paragraph" and (not wrong or "\r" in line) and not line.strip():
             if held and not spoilt:
                 yield {"text": "\n".join(held)}, f"{path}:{begin}"
             held, size, spoilt = [], 0, False
@@ -209,8 +179,10 @@ def txt(stream: IO[bytes], path: str, unit: str, bad: BadRecords) -> Iterator[Re
 
 def jsonl(stream: IO[bytes], path: str, bad: BadRecords) -> Iterator[Record]:
     """A JSON object on each line."""
-    for number, line in _lines(stream, path, bad):
-        if "\0" in line or not line.strip():
+    for number, line, wrong in _lines(stream, path):
+        if wrong:
+            bad(wrong)
+        if wrong or not line.strip():
             continue
         where = f"{path}:{number}"
         try:
@@ -257,10 +229,12 @@ def table(stream: IO[bytes], path: str, delimiter: str, headless: bool, bad: Bad
 
     def lines() -> Iterator[str]:
         nonlocal line_number
-        for line_number, line in _lines(stream, path, bad):
+        for line_number, line, wrong in _lines(stream, path):
+            if wrong:
+                bad(wrong)
             if line_number - begin > MAX_RECORD_LINES:
                 raise UserError(f"{path}:{begin}: a quoted field runs over more than {MAX_RECORD_LINES:,} lines; is its closing quote missing?")
-            yield line + "\n"
+            yield line + ("\0\n" if wrong else "\n")
 
     reader = csv.reader(lines(), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE, strict=True)
     header: list[str] | None = None

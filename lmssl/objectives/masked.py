@@ -9,6 +9,9 @@ import numpy as np
 
 from lmssl.objectives.base import IGNORE, Arrays, Family, Row, SameLength, Vocab, check_rate, round_random
 
+LONGEST_SPAN = 10_000
+"""Words of `span_max` at most: each row draws from a table of so many lengths."""
+
 
 @dataclass(frozen=True, slots=True)
 class MaskedTokens(SameLength):
@@ -64,8 +67,8 @@ class MaskedTokens(SameLength):
         check_rate("random", self.random)
         check_rate("mask + random", self.mask + self.random, high=1.0 + 1e-9)
         check_rate("span_p", self.span_p, open_low=True)
-        if self.span_max < 1:
-            raise ValueError(f"span_max={self.span_max} must be at least 1 word")
+        if not 1 <= self.span_max <= LONGEST_SPAN:
+            raise ValueError(f"span_max={self.span_max} must be between 1 and {LONGEST_SPAN:,} words")
 
     def most_labels(self, model_length: int) -> int:
         return min(model_length, int(self.rate * model_length) + 1)

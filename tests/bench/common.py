@@ -73,7 +73,8 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
         "span_corruption": {"architecture": "t5", "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "feed_forward_proj": "gated-gelu"},
     },
 }
-"""Both sides take the same AutoConfig; `middle` has 10M parameters or more beside its embeddings, `base` is GPT-2 124M, BERT base and T5 base, `t5-small` v1.1's with one embedding."""
+"""Both sides take the same AutoConfig; `middle` has 10M parameters or more beside its embeddings, `base` is GPT-2 124M, BERT base and T5 base,
+`t5-small` v1.1's with one embedding."""
 IDS = {"base": {"next_token": 50_257, "masked": 30_522, "span_corruption": 32_128}, "t5-small": {"span_corruption": 32_128}}
 """Rows of the embeddings, where they are not the tokenizer's: those of the published models."""
 DROPOUT = {"masked": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, "span_corruption": {"dropout_rate": 0.0}, "next_token": {}}

@@ -61,13 +61,16 @@ def poisoned(folder: Path, source: Path, name: str, mark: Path) -> Path:
         (out / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
     elif name == "a template that runs":
         (out / "chat_template.jinja").write_text(f"{{{{ cycler.__init__.__globals__.os.mkdir('{mark}') }}}}")
+    elif name == "a recipe that names code":
+        (out / "recipe.yaml").write_text(f"data: {{seq_length: 32}}\nobjective: {{name: '{name}.evil:Evil'}}\n")
     (out / "config.json").write_text(json.dumps(config))
     (out / "evil.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nclass Evil: pass\n")
     return out
 
 
 BACKBONES = ["only a pickle", "a pickle beside", "model code", "model code, known type", "tokenizer code", "tokenizer code beside", "a header that lies", "a template that runs"]
-HARMLESS = {"a pickle beside", "model code, known type", "tokenizer code beside", "a template that runs"}
+BACKBONES += ["a recipe that names code"]
+HARMLESS = {"a pickle beside", "model code, known type", "tokenizer code beside", "a template that runs", "a recipe that names code"}
 """What is there to be ignored: the run goes on."""
 
 
@@ -137,7 +140,7 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
             f"trainer: {{output_dir: {folder / 'run-pre'}, max_steps: 1, bf16: false}}\n"
         )
         attempt(f"{name} pre", lambda mark, path=path: command("pretrain", path, "--overwrite"), name not in HARMLESS)
-        attempt(f"{name} evaluate", lambda mark, name=name: command("evaluate", folder / name, f"data.text={folder / 'text.txt'}"), None)
+        attempt(f"{name} evaluate", lambda mark, name=name: os.chdir(folder) or command("evaluate", name, f"data.text={folder / 'text.txt'}"), None)
     for name, text in list(recipes(marks / "recipe").items())[: 3 if few else None]:
         path = folder / "run-recipe.yaml"
         path.write_bytes(pickle.dumps(Evil(marks / "recipe")) if name == "a pickle" else text.encode())
