@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import importlib.util
 import logging
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from lmssl import config
-from lmssl.errors import UserError, refused
+from lmssl.errors import UserError, did_you_mean, refused
 from lmssl.ranks import processes, processes_here
 
 if typing.TYPE_CHECKING:
@@ -145,14 +146,12 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
             raise UserError(f"trainer.{name}: not to be set: {owned[name]}")
     if type(section.get("output_dir")) in (int, float):
         section["output_dir"] = str(section["output_dir"])  # a folder may be called by a number
-    values = {k: config.convert(v, OURS.get(k) or hints[k], f"trainer.{k}") for k, v in section.items()}
+    values = {k: _converted(k, v, OURS.get(k) or hints[k]) for k, v in section.items()}
     if not str(values.get("output_dir") or "").strip():
         raise UserError("trainer.output_dir: missing; name the folder of the run")
     values["output_dir"] = os.path.expanduser(values["output_dir"])  # as TrainingArguments does
     _check_ranges(values)
-    for name in ("save_strategy", "logging_strategy", "eval_strategy"):
-        if getattr(values.get(name), "value", values.get(name)) in ("epoch", "best"):
-            raise UserError(f"trainer.{name}: a run is one pass of max_steps, so this would act only at its end; use steps, and {name.partition('_')[0]}_steps")
+    _check_strategies(values)
     how = next((name for name in ("torch_compile_mode", "torch_compile_backend") if name in values), None)  # either makes transformers compile
     if how and not values.setdefault("torch_compile", True):
         raise UserError(f"trainer.{how}: says how to compile, and trainer.torch_compile=false that nothing is compiled; keep one of them")
@@ -169,6 +168,21 @@ def resolve(section: Mapping[str, Any], defaults: Mapping[str, Any], owned: Mapp
             raise UserError("trainer.num_train_epochs: max_steps is set as well; keep one of them")
         defaults = {k: v for k, v in defaults.items() if k != "max_steps"}
     return {**defaults, **values}
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    """A value of its declared type: of named choices one that there is, of steps a whole number where it is one."""
+    value = config.convert(value, hint, f"trainer.{name}")
+    for kind in typing.get_args(hint) or (hint,):
+        if isinstance(kind, type) and issubclass(kind, enum.Enum) and value is not None and value not in (names := [choice.value for choice in kind]):
+            raise UserError(f"trainer.{name}: nothing is called '{value}'; {did_you_mean(value, names)}")
+    return int(value) if name.endswith("_steps") and isinstance(value, float) and value.is_integer() else value
+
+
+def _check_strategies(values: Mapping[str, Any]) -> None:
+    for name in ("save_strategy", "logging_strategy", "eval_strategy"):
+        if getattr(values.get(name), "value", values.get(name)) in ("epoch", "best"):
+            raise UserError(f"trainer.{name}: a run is one pass of max_steps, so this would act only at its end; use steps, and {name.partition('_')[0]}_steps")
 
 
 def _check_ranges(values: Mapping[str, Any]) -> None:
@@ -201,7 +215,12 @@ def with_steps(values: Mapping[str, Any], items: int) -> dict[str, Any]:
     if epochs is not None:
         done["max_steps"] = max(1, math.ceil(epochs * items / global_batch(values)))
     steps = done["max_steps"]
-    return {"logging_steps": max(1, steps // 100), "save_steps": max(1, steps // 4), "warmup_steps": min(100, steps // 10), **done}
+    return {"logging_steps": max(1, steps // 100), "save_steps": max(1, steps // 4), "warmup_steps": usual_warmup(steps), **done}
+
+
+def usual_warmup(steps: int) -> int:
+    """Steps of warm-up of a run of so many, where it does not say."""
+    return min(100, steps // 10)
 
 
 def build(values: Mapping[str, Any]) -> TrainingArguments:
@@ -232,6 +251,7 @@ def check(args: TrainingArguments) -> None:
     """Refuse what would train something else than was asked for, or end in a traceback; of several GPUs in sight one is taken."""
     if args.fp16 and args.device.type == "cpu":
         raise UserError("trainer.fp16: half precision needs a GPU; on a CPU use trainer.bf16=true, where it has bfloat16")
+    _check_strategies(vars(args))
     for name in UNUSABLE:
         if getattr(args, name, None):
             raise UserError(f"trainer.{name}: not to be set: {OWNED[name]}")
@@ -254,6 +274,27 @@ def check(args: TrainingArguments) -> None:
         # transformers would split each batch over threads of this process, and average what is summed here.
         _say_gpus(args.n_gpu)
         args._n_gpu = 1
+
+
+def decide(args: TrainingArguments) -> None:
+    """Set what lmssl decides by itself, whatever a caller or `accelerate launch` said; refuse what would contradict it."""
+    check(args)
+    args.train_sampling_strategy = "sequential"
+    args.remove_unused_columns = args.logging_nan_inf_filter = False
+    args.dataloader_in_order = True
+    args.ignore_data_skip = True  # the sampler begins where a checkpoint ended
+    args.save_total_limit, args.average_tokens_across_devices = None, True
+    args.disable_tqdm = True
+    if args.log_level_replica == "warning":  # the default; the first process has said it
+        args.log_level_replica = "error"
+    # accelerate's bf16 widens every output to float32: at a vocabulary of 8k that copy costs a quarter of the
+    # step. lmssl casts around the forward pass itself.
+    args.mixed_precision = "fp16" if args.fp16 else "no"
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
+        del os.environ[name]
+    os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"  # with torch_compile transformers says it itself
+    if args.device.type == "cuda" and args.dataloader_pin_memory:
+        args.accelerator_config.non_blocking = True  # a batch goes over while the GPU is at work
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         if first:
             sub.add_argument(first.lower(), metavar=first)
-            sub.add_argument("overrides", nargs="*", metavar="FILE or task.key=value" if name == "predict" else "section.key=value")
+            sub.add_argument("overrides", nargs="*", default=[], metavar="FILE or task.key=value" if name == "predict" else "section.key=value")
         return sub
 
     def continued(sub: argparse.ArgumentParser, resume: str, keys: str) -> None:
@@ -117,7 +117,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (UserError, Stopped, Interrupted) as error:
-        if isinstance(error, UserError) and os.environ.get("LOCAL_RANK", "0") != "0":  # one line a machine: what is wrong may be wrong there alone
+        if not isinstance(error, Stopped) and os.environ.get("LOCAL_RANK", "0") != "0":  # one line a machine: what is wrong may be wrong there alone
             return error.exit_code
         print(f"lmssl: error: {error}" if not isinstance(error, Interrupted) else f"lmssl: {error}", file=sys.stderr)
         return error.exit_code

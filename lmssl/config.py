@@ -174,7 +174,7 @@ def set_keys(mapping: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, 
 
 def convert(value: Any, annotation: Any, where: str) -> Any:
     """One value converted to one annotation, by pydantic's rules, except that true and false are never numbers, alone or in a list."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
     if isinstance(value, list | tuple):
         value = [os.fspath(part) if isinstance(part, os.PathLike) else part for part in value]
@@ -182,10 +182,18 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
         value = os.fspath(value)
     elif hasattr(value, "columns"):  # pydantic would take its names for a list
         raise UserError(f"{where}: expected {describe(annotation)}, got a {type(value).__name__}; write it to a file and name that")
+    if dataclasses.is_dataclass(annotation):  # of a plug-in: a mixture holds its parts
+        if isinstance(value, annotation):  # type: ignore[arg-type]
+            return value
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}: expected a mapping of the fields of {describe(annotation)}, got {value!r:.200}")
+        return build(annotation, value, where)  # type: ignore[arg-type]
     try:
         result = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{where}: expected {describe(annotation)}, got {value!r}") from error
+        raise UserError(f"{where}: expected {describe(annotation)}, got {value!r:.200}") from error
+    except PydanticUserError as error:
+        raise UserError(f"{where}: a field of this type cannot be read from a recipe: {said(error)}") from error
     pairs = zip(value, result, strict=True) if isinstance(value, list) and isinstance(result, list) else [(value, result)]
     if any(isinstance(given, bool) and not isinstance(made, bool) and isinstance(made, int | float) for given, made in pairs):
         raise UserError(f"{where}: expected {describe(annotation)}, got {value!r}")

@@ -88,7 +88,7 @@ def refused(where: str) -> Iterator[None]:
     """Turn what a library says of settings that it cannot work with into one line: "WHERE: REASON"."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError, NotADirectoryError, FileExistsError) as error:
         if out_of_memory(error) or "CUDA" in str(error):
             raise
         raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error

@@ -336,6 +336,10 @@ def _continue(section: Mapping[str, Any], config: PretrainedConfig, family: Fami
         model.resize_token_embeddings(vocab.size, mean_resizing=True)
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = vocab.pad
+    if family == "encoder-decoder" and decoder_start(model.config) is None:
+        model.config.decoder_start_token_id = vocab.start
+        if model.generation_config is not None:
+            model.generation_config.decoder_start_token_id = vocab.start
     train_every_token(model, vocab.pad, vocab.eos)
     return model
 

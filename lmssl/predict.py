@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmssl import config, output
 from lmssl.data import corpus
-from lmssl.errors import Interrupted, Stopped, UserError, did_you_mean, fitting, refused
+from lmssl.errors import Interrupted, Stopped, UserError, fitting, refused
 
 if TYPE_CHECKING:
     from lmssl.tasks.base import Backbone, Task
@@ -40,7 +40,7 @@ def load(checkpoint: str, task_name: str | None, overrides: Sequence[str] = ()) 
             raise UserError(f"{checkpoint}: is a pretrained backbone, not a fine-tuned model; lmssl finetune makes one")
         if task_name and task_name != sections["task"].get("name"):
             raise UserError(f"--task: {checkpoint} was fine-tuned for {sections['task'].get('name')}, not {task_name}")
-        config.check_code(sections["task"], TASKS, "task", checkpoint, overrides)
+        config.check_code(sections["task"], TASKS, "task", checkpoint, [*overrides, f"task.name={task_name}"])
     elif not task_name:
         raise UserError(f"--task: {checkpoint} has no recipe.yaml that says what it was fine-tuned for; name the task")
     known_by_recipe = bool(sections)
@@ -144,10 +144,6 @@ def predict(checkpoint: str, files: Sequence[str], *, task_name: str | None = No
     """
     from tqdm import tqdm
 
-    from lmssl.tasks import TASKS
-
-    if task_name is not None and task_name not in TASKS:
-        raise UserError(f"--task: no task '{task_name}'; {did_you_mean(task_name, TASKS)}")
     if batch < 1:
         raise UserError(f"--batch: {batch} must be at least 1")
     task, backbone, model = load(checkpoint, task_name, overrides)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
@@ -21,7 +22,7 @@ from lmssl.data.tokens import TokenSet
 from lmssl.errors import Diverged, UserError, fitting
 from lmssl.evaluation import held_out, held_out_stream
 from lmssl.objectives import MEMBERS, fields_of
-from lmssl.objectives.base import IGNORE, Family, Objective, fault
+from lmssl.objectives.base import IGNORE, Family, Objective, beyond, fault
 from lmssl.objectives.cross_entropy import token_loss
 from lmssl.trainer import ExactTrainer
 from lmssl.watch import of_the_data
@@ -73,6 +74,10 @@ class PretrainTrainer(ExactTrainer):
         batch = arguments.global_batch(vars(args))
         stream = Stream(train_dataset, objective, length, args.seed, args.max_steps * batch, self.start)
         check_items(stream, family)
+        if args.get_warmup_steps(args.max_steps) >= args.max_steps > 1:
+            log.warning(
+                "trainer.warmup_steps: %g of %d steps, so that the learning rate is never reached; a number below 1 is a share of the steps", args.warmup_steps, args.max_steps
+            )
         collator = packing.collator(stream, length, family, args.device, two_lengths(stream, length))
         kernel = collator.most_documents is not None
         if doubt := getattr(objective, "doubt", lambda *_: None)(length, stream.vocab):
@@ -89,6 +94,8 @@ class PretrainTrainer(ExactTrainer):
         self.token_bytes = torch.from_numpy(stream.vocab.token_bytes).to(args.device)
         self.asked = torch.zeros(2, dtype=torch.int64, device=args.device)
         """Labelled tokens of this process since the last log line, and their bytes of text."""
+        self.measured: tuple[int, dict[str, float]] = -1, {}
+        """The step after which `evaluate` was last called, and what it found."""
 
     fewer_rows = f"{FEWER_ROWS}, or, in a run begun anew, trainer.batch=auto"
 
@@ -140,6 +147,7 @@ class PretrainTrainer(ExactTrainer):
                 self.summed,
             )
         metrics = {"eval_loss": values["loss"], "eval_bits_per_byte": values["bits_per_byte"]}
+        self.measured = self.state.global_step, metrics
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -163,8 +171,10 @@ class PretrainTrainer(ExactTrainer):
         seconds, tokens = self.clock.seconds, self._total_tokens()
         timed = tokens - self.untimed[0]
         share = self.peak_share(self.state.global_step - self.untimed[1], seconds)
-        with fitting("the held-out text", "--resume with a smaller trainer.per_device_eval_batch_size", self.stopped):
-            values = self.evaluate()
+        step, values = self.measured
+        if step != self.state.global_step:
+            with fitting("the held-out text", "--resume with a smaller trainer.per_device_eval_batch_size", self.stopped):
+                values = self.evaluate()
         if not math.isfinite(values["eval_loss"]):
             raise self.stopped("the held-out loss is not finite", Diverged)
         return {
@@ -202,19 +212,25 @@ def check_items(stream: Stream, family: Family | None = None) -> None:
     Args:
         family: of the model, where it is known: the first token of a decoder's row cannot be asked.
     """
-    name = f"objective.name: '{fields_of(stream.objective)['name']}'"
+    objective, length = stream.objective, stream.seq_length
+    name = f"objective.name: '{fields_of(objective)['name']}'"
     try:
-        bounds = stream.objective.lengths(stream.row_length)
+        bounds, most = objective.lengths(length), objective.most_labels(length)
         if not all(isinstance(bounds.get(kind), tuple | list) and bounds[kind] for kind in ("input_ids", "labels")):
             raise UserError(f"{name}: lengths must give a tuple for input_ids and one for labels, not {bounds!r}")
-        items = [stream.objective(stream.row(i), stream.vocab, generator(stream.seed, i)) for i in range(min(LOOK, len(stream)))]
+        if lacking := [member for member in MEMBERS if not hasattr(objective.held_out(), member)]:
+            raise UserError(f"{name}: held_out must give an objective ({lacking[0]} is missing)")
+        numbers = range(min(LOOK, len(stream)))
+        items, again = ([objective(stream.row(i), stream.vocab, generator(stream.seed, i)) for i in numbers] for _ in range(2))
     except UserError:
         raise
     except Exception as error:  # anybody's own code
         raise UserError(f"{name}: {of_the_data(error)}") from error
     for number, item in enumerate(items):
-        if wrong := fault(item, stream.vocab.size, family):
+        if wrong := fault(item, stream.vocab.size, family) or beyond(item, bounds, most):
             raise UserError(f"{name}: item {number}: {wrong}")
+        if any(not np.array_equal(array, again[number][key]) for key, array in item.items()):
+            raise UserError(f"{name}: item {number} is another the second time; what is random is to be drawn from the generator that is given, so that any row can be made again")
 
 
 def _checked_length(model: PreTrainedModel, token_set: TokenSet, args: TrainingArguments, seq_length: int | None, objective: Objective) -> int:
@@ -223,7 +239,7 @@ def _checked_length(model: PreTrainedModel, token_set: TokenSet, args: TrainingA
     if ids > rows:
         raise UserError(f"the tokenizer has {ids} ids, the model {rows} embeddings; models.build takes the size from the tokenizer")
     if args.max_steps <= 0:
-        raise UserError(f"trainer.max_steps: {args.max_steps} must be at least 1 optimizer step")
+        raise UserError(f"trainer.max_steps: {args.max_steps} must be at least 1 optimizer step (from Python epochs are not counted: a run has a length in steps)")
     if not token_set.manifest["held_out"]["documents"]:
         raise UserError("train_dataset: no document is held out, and a run is judged by held-out text; prepare it with held_out above 0")
     positions = models.max_length(model.config)
@@ -239,7 +255,8 @@ def _checked_length(model: PreTrainedModel, token_set: TokenSet, args: TrainingA
 
 
 def _identity(args: TrainingArguments, optimizer: str) -> dict[str, Any]:
-    """What of the arguments decides a run's bits, beside its data and batch: resuming compares it."""
+    """What of the arguments decides a run's bits, beside its data and batch: resuming compares it. A warm-up that follows from the steps changes with them."""
+    usual = (0, arguments.usual_warmup(args.max_steps))
     return {
         "seed": args.seed,
         "threads": torch.get_num_threads(),
@@ -247,5 +264,9 @@ def _identity(args: TrainingArguments, optimizer: str) -> dict[str, Any]:
         "fp16": bool(args.fp16),
         "torch_compile": bool(args.torch_compile),
         "optimizer": optimizer if optimizer == "muon" else args.optim.value.removesuffix("_fused"),
-        **{name: getattr(args, name) for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")},
+        **{name: getattr(args, name) for name in ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")},
+        **{name: getattr(args, name) for name in ("neftune_noise_alpha", "optim_args")},
+        "lr_scheduler_type": args.lr_scheduler_type.value,
+        "lr_scheduler_kwargs": args.lr_scheduler_kwargs or None,
+        "warmup_steps": None if args.warmup_steps in usual else args.warmup_steps,
     }

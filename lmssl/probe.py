@@ -39,7 +39,9 @@ def recorded(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         folder: of the run.
         values: the trainer section as it is now, of `arguments.resolve`.
     """
-    then = config.of_folder(folder).get("trainer", {})
+    then = config.of_folder(folder).get("trainer")
+    if not then:
+        return {}
     names = [] if "torch_compile" in values else ["torch_compile"]
     size, parts = "per_device_train_batch_size", "gradient_accumulation_steps"
     if values["batch"] == "auto" and then.get(size, 0) * then.get(parts, 1) == values[size] * values.get(parts, 1):

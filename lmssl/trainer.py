@@ -32,11 +32,8 @@ from lmssl.watch import Clock, Guard, Progress, of_the_data, spare_worker
 
 log = logging.getLogger("lmssl")
 
-RATES, MOMENTS = ("lr", "initial_lr", "weight_decay"), ("betas", "eps")
-"""What a resumed run takes from its own recipe and not from the checkpoint's optimizer; of the moments where the checkpoint says with which it was made
-(decision 0019)."""
-
-
+OWN = ("lr", "initial_lr", "weight_decay", "betas", "eps")
+"""What a resumed run takes from its own recipe and not from the checkpoint's optimizer."""
 SILENT = 16
 """Steps without any label after which a run is refused."""
 
@@ -76,8 +73,10 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         worker_timeout: float = 300,
         eval_dataset: Any = None,
     ):
-        _decide(args)
+        arguments.decide(args)
         arguments.check_own(optimizer=optimizer, on_spike=on_spike)
+        if optimizer == "muon" and (args.optim_args or not args.optim.value.startswith("adamw_torch")):
+            raise UserError(f"optim: {args.optim.value} configures AdamW and its kin, but the optimizer is muon; to use it: optimizer='adamw'")
         models.keep_names(model)
         machine.keep_memory(args.device.type)
         with refused("trainer"):
@@ -105,7 +104,6 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         self._sealing: Future[None] | None = None
         self._begin = (0, 0)  # step and item that this process begins with
         self._unasked = 0  # steps without a label so far; -1 once there was one
-        self._own: tuple[str, ...] = RATES
         self.earlier_data: list[Any] = []
         """What the identity of the run said of its text before another took its place (`--accept data`)."""
         self._known_good: set[str] = set()
@@ -187,7 +185,6 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             self.earlier_data = self.earlier_data or manifest.get("earlier_data", [])
             self.args.eval_on_start = False  # that was before step 0
             self._begin = (step, manifest.get("items", step * made_with.get("batch", self.global_batch)))
-            self._own = (*RATES, *MOMENTS) if "adam_beta2" in made_with else RATES
             # A batch of another size, accepted on resuming, may need more items than the steps of the whole run have.
             if (end := self.items(self.args.max_steps).start) > len(self.train_dataset):  # type: ignore[arg-type]
                 self.train_dataset.length = end  # type: ignore[union-attr]
@@ -295,8 +292,10 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # Muon's own eps is none of the recipe's.
-        own = [{k: group[k] for k in self._own if k in group and not (k == "eps" and group.get("muon"))} for group in self.optimizer.param_groups]
+        own = [{k: group[k] for k in OWN if k in group} for group in self.optimizer.param_groups]
+        made_by = checkpoints.facts(Path(checkpoint)).get("optimizer") if checkpoint else None
+        if made_by and made_by != self._optimizer_class():
+            raise UserError(f"{checkpoint}: its optimizer is another: {made_by}, this run's is {self._optimizer_class()}")
         if self.args.device == torch.device("cpu", 0):
             # Of several processes on CPUs accelerate calls it that, and torch before 2.13 puts no state there.
             self.args.__dict__["_setup_devices"] = torch.device("cpu")
@@ -310,6 +309,14 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             for group, values, factor in zip(self.optimizer.param_groups, own, schedule.lr_lambdas, strict=True):
                 group |= values | {"lr": values["initial_lr"] * factor(schedule.last_epoch)}
             schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what progress shows
+
+    def _optimizer_class(self) -> str:
+        """Its name: a caller may have set one of their own."""
+        return type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__  # accelerate puts one around it
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        with models.quietly():  # of tied weights it says that they are missing; lmssl looks for itself
+            super()._issue_warnings_after_load(load_result)
 
     def _seal(self, staged: Path, facts: dict[str, Any]) -> None:
         root = staged.parent.parent
@@ -342,6 +349,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             "step": self.state.global_step,
             "items": self.items(self.state.global_step).start,
             "identity": self.identity,
+            "optimizer": self._optimizer_class(),
             "tokens": self._total_tokens(),
             "untimed": self.untimed,
             "seconds": self.clock.seconds,
@@ -459,9 +467,15 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
                     self.train(resume_from_checkpoint=str(resume) if resume else None)
             except RuntimeError as error:
                 # torch's handler for a worker that died raises wherever the main thread happens to be.
+                if self.args.world_size > 1 and (isinstance(error, torch.distributed.DistError) or " peer" in str(error)):
+                    raise self.stopped(f"another process of this run ended, or cannot be reached: {said(error, 150)}") from error
                 if "DataLoader worker" not in str(error):
                     raise
                 raise self.stopped(f"the data of step {self.state.global_step + 1} cannot be made: {of_the_data(error)}") from error
+            except AssertionError as error:
+                if "EarlyStopping" not in str(error):
+                    raise
+                raise UserError(f"callbacks: {said(error)}; of TrainingArguments: metric_for_best_model='loss', eval_strategy='steps', eval_steps=100") from error
             except pickle.UnpicklingError as error:
                 raise UserError(f"{resume}: holds a pickle of more than tensors, which is not loaded: {said(error, 200)}") from error
         if self.guard.acted:
@@ -470,25 +484,6 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
             raise Interrupted(f"{name}: saved {where}; --resume continues there", self.guard.signum)
         if self.guard.signum:  # behind the last step, whose end could not save any more: as if it came now
             signal.raise_signal(self.guard.signum)
-
-
-def _decide(args: TrainingArguments) -> None:
-    """Set what lmssl decides by itself, whatever a caller or `accelerate launch` said; refuse what would contradict it."""
-    arguments.check(args)
-    args.train_sampling_strategy = "sequential"
-    args.remove_unused_columns = args.logging_nan_inf_filter = False
-    args.dataloader_in_order = True
-    args.ignore_data_skip = True  # the sampler begins where a checkpoint ended
-    args.save_total_limit, args.average_tokens_across_devices = None, True
-    args.disable_tqdm = True
-    # accelerate's bf16 widens every output to float32: at a vocabulary of 8k that copy costs a quarter of the
-    # step. lmssl casts around the forward pass itself.
-    args.mixed_precision = "fp16" if args.fp16 else "no"
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
-        del os.environ[name]
-    os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"  # with torch_compile transformers says it itself
-    if args.device.type == "cuda" and args.dataloader_pin_memory:
-        args.accelerator_config.non_blocking = True  # a batch goes over while the GPU is at work
 
 
 def _short(value: Any) -> str:

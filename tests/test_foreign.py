@@ -17,7 +17,8 @@ from lmssl.objectives import MaskedTokens
 from lmssl.recipe import PretrainRecipe
 from lmssl.runs import pretrain
 from lmssl.tasks.base import Backbone
-from tests.helpers import SMALL, saved_backbone, sentences, token_set
+from lmssl.tasks.sentiment import Sentiment
+from tests.helpers import SMALL, saved_backbone, sentences, small_model, token_set
 
 WORDS = sorted({word.strip(".,").lower() for text in sentences(300) for word in text.split()})
 
@@ -155,3 +156,19 @@ def test_a_recipe_of_another_program_says_nothing_of_a_run(text, shared_dir, tmp
     assert config.of_folder(tmp_path) == {}
     assert not Backbone.load(str(tmp_path)).began_local()
     assert "not known" in history.leak_check(str(tmp_path), [])["reason"]
+
+
+def test_a_t5_whose_configuration_names_no_start_is_given_one(corpus_file, shared_dir, tmp_path):
+    """As transformers' own T5Config() has it; without one neither `generate` nor a classifier of plain transformers begins."""
+    tokens = token_set(shared_dir)
+    made = small_model("t5", tokens.vocab())
+    made.config.decoder_start_token_id = made.generation_config.decoder_start_token_id = None
+    made.save_pretrained(tmp_path / "t5")
+    tokens.tokenizer.save(tmp_path / "t5")
+    sections = {"data": {"text": str(corpus_file), "seq_length": 32, "held_out": 0.1}, "model": {"from": str(tmp_path / "t5")}, "objective": {"name": "span_corruption"}}
+    pretrain(PretrainRecipe.of(sections | {"trainer": {"output_dir": str(tmp_path / "run"), "max_steps": 1, "bf16": False}}), quiet=True)
+    start = tokens.vocab().start
+    written = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run").generate(torch.tensor([[7, 8, 1]]), max_new_tokens=3)
+    assert written[0, 0] == start
+    backbone = Backbone.load(str(tmp_path / "t5"), 32, ("a", "b"))
+    assert Sentiment().model(backbone, True, 0).config.decoder_start_token_id == start

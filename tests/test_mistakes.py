@@ -8,15 +8,13 @@ import shutil
 import sys
 
 import pytest
-import torch
 
 import lmssl
 from lmssl import PretrainTrainer, arguments, config, models
 from lmssl.cli import run
 from lmssl.config import apply_overrides
 from lmssl.errors import UserError, said
-from lmssl.objectives import MaskedTokens, NextToken
-from lmssl.recipe import FinetuneRecipe
+from lmssl.objectives import NextToken
 from lmssl.tasks import curve
 from lmssl.tasks.sentiment import Sentiment
 from tests import helpers
@@ -49,6 +47,7 @@ def refusal(capsys, *args):
         ("trainer.gradient_checkpointing_kwargs.every_n_layers=0", "checkpointing_kwargs: every_n_layers=0 must be a whole number above 0"),
         ("trainer.gradient_checkpointing_kwargs.every_n_layers=x", "checkpointing_kwargs: every_n_layers=x must be a whole number above 0"),
         ("trainer.lr_scheduler_type=cosine_with_restarts trainer.lr_scheduler_kwargs.num_cycles=a", "trainer.lr_scheduler_type: cosine_with_restarts .*"),
+        ("trainer.lr_scheduler_type=cosin", "trainer.lr_scheduler_type: nothing is called 'cosin'; did you mean 'cosine'"),
         ("trainer.torch_compile_mode=fast", "trainer.torch_compile_mode: Unrecognized mode=fast"),
         ("trainer.use_liger_kernel=true", "trainer.use_liger_kernel: the package is missing"),
         ("model.chunk_size_feed_forward=7", "model: this 'bert' cannot read a row of packed documents: .*chunk"),
@@ -158,6 +157,16 @@ def test_code_that_a_checkpoint_names_is_not_run(verb, made, section, sentiment,
     assert not mark.exists()
     assert f"{section}.name: '{name}' cannot be imported: AttributeError" in refusal(capsys, verb, folder.name, *rest, f"{section}.name={name}")
     assert mark.exists()
+
+
+def test_a_task_of_one_s_own_may_be_named_by_an_option(sentiment, tmp_path, capsys):
+    """That is the command line's word, too."""
+    shutil.copytree(sentiment / "sent", tmp_path / "own")
+    text = (tmp_path / "own" / "recipe.yaml").read_text()
+    (tmp_path / "own" / "recipe.yaml").write_text(text.replace("name: sentiment", "name: lmssl.tasks.sentiment:Sentiment"))
+    (tmp_path / "new.csv").write_text("#1\na film\n")
+    assert run(["predict", str(tmp_path / "own"), str(tmp_path / "new.csv"), "--task", "lmssl.tasks.sentiment:Sentiment"]) == 0
+    assert json.loads(capsys.readouterr().out)["label"] in ("bad", "good")
 
 
 def test_a_column_behind_a_labelled_file_is_refused(sentiment, capsys):
@@ -353,72 +362,6 @@ def test_no_labelled_example_is_said():
         curve.check(Sentiment(), [], [])
 
 
-@pytest.mark.parametrize(("keys", "message"), [({"optimizer": "sgd"}, "optimizer: expected one of adamw, muon, got 'sgd'"), ({"on_spike": "never"}, "on_spike: expected one of ")])
-def test_words_from_python_are_checked(keys, message, shared_dir, tmp_path):
-    tokens = token_set(shared_dir)
-    with pytest.raises(UserError, match=message):
-        PretrainTrainer(small_model("bert", tokens.vocab()), MaskedTokens(), tokens, helpers.arguments(tmp_path), 32, quiet=True, **keys)
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        ({"objective": MaskedTokens}, "objective: expected an objective, got the class MaskedTokens; for example"),
-        ({"objective": "masked"}, "objective: expected an objective, got 'masked'"),
-        ({"train_dataset": ["a", "b"]}, "train_dataset: expected a token set, got list; lmssl.prepare or lmssl.from_iterable makes one"),
-        ({"model": torch.nn.Linear(2, 2)}, "model: expected a model of transformers, got Linear"),
-        ({"seq_length": 0}, "seq_length: 0 must be at least 8 tokens"),
-        ({"seq_length": 64}, "seq_length: 64 needs 64 positions, the model has 32"),
-    ],
-)
-def test_what_a_trainer_is_not_made_of(parts, message, shared_dir, tmp_path):
-    tokens = token_set(shared_dir)
-    usual = {
-        "model": small_model("bert", tokens.vocab()),
-        "objective": MaskedTokens(),
-        "train_dataset": tokens,
-        "args": helpers.arguments(tmp_path),
-        "seq_length": 32,
-        "quiet": True,
-    }
-    with pytest.raises(UserError, match=message):
-        PretrainTrainer(**usual | parts)
-
-
-class Table(dict):
-    """As a pandas DataFrame behaves: iterating gives names of columns."""
-
-    columns = ("text", "label")
-
-    def __iter__(self):
-        return iter(self.columns)
-
-
-def test_what_python_would_take_apart_is_refused(tmp_path):
-    for texts in ("hello world", Table(), {"a": 1}):
-        for make in (lambda texts: lmssl.from_iterable(texts, helpers.tokenizer(), tmp_path / "x"), lmssl.train_tokenizer):
-            with pytest.raises(UserError, match=r"texts: expected documents, one after the other, got a (str|Table|dict)"):
-                make(texts)
-    with pytest.raises(UserError, match=r"document 1: expected text, got NoneType"):
-        lmssl.train_tokenizer([None])
-    sections = {"task": {"name": "sentiment"}, "data": {"train": Table()}, "model": {"from": "x"}, "trainer": {}}
-    with pytest.raises(UserError, match=r"data.train: expected .*, got a Table; write it to a file"):
-        FinetuneRecipe.of(sections)
-    assert FinetuneRecipe.of(sections | {"data": {"train": tmp_path / "x.jsonl", "test": [tmp_path / "y.jsonl"]}}).data.test == [str(tmp_path / "y.jsonl")]
-
-
-@pytest.mark.parametrize("held_out", [-1, 1, 1.5, float("nan"), "0.1"])
-def test_a_held_out_share_is_one(held_out, tmp_path):
-    with pytest.raises(UserError, match=r"held_out: .* must be a fraction of 0 or more and below 1"):
-        lmssl.from_iterable(sentences(10), helpers.tokenizer(), tmp_path / "x", held_out)
-
-
-def test_prepare_needs_its_own_tokenizer(tmp_path):
-    (tmp_path / "x.txt").write_text("a film\n")
-    with pytest.raises(UserError, match=r"tokenizer: expected lmssl's own, got str; lmssl.load_tokenizer\(FOLDER\) makes one"):
-        lmssl.prepare(tmp_path / "x.txt", "tokenizer_assets/bpe-8k")
-
-
 def test_a_recipe_may_be_named_by_its_file(corpus_file, tmp_path):
     recipe = written(recipe_of(corpus_file, tmp_path / "run"), tmp_path / "r.yaml")
     assert lmssl.pretrain(recipe, quiet=True)["steps"] == 4
@@ -428,6 +371,7 @@ def test_a_resumed_run_is_not_shorter_than_what_is_done(corpus_file, tmp_path, c
     """Its recipe would say fewer steps than the model has had."""
     recipe, out = written(recipe_of(corpus_file, tmp_path / "run"), tmp_path / "r.yaml"), tmp_path / "run"
     assert run(["pretrain", recipe, "trainer.max_steps=4", "trainer.save_steps=2"]) == 0
+    assert "save_steps: 2\n" in (out / "recipe.yaml").read_text()
     (out / "metrics.json").unlink()  # as if it had been stopped
     said = (out / "recipe.yaml").read_text()
     assert "trainer.max_steps: 3, but checkpoint-4 has more behind it" in refusal(capsys, "pretrain", recipe, "--resume", "trainer.max_steps=3")

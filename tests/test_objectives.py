@@ -358,8 +358,12 @@ class Copy(NextToken):
         return type(self).change(NextToken.__call__(self, row, vocab, rng))
 
 
+COUNT = itertools.count()
 MISTAKES = {
-    "the first token of a row is asked": lambda item: item | {"labels": item["input_ids"].copy()},
+    "the first token of a document is asked": lambda item: item | {"labels": item["input_ids"].copy()},
+    "the first token of a document is asked, and nothing of it": lambda item: (
+        item | {"labels": np.where(np.arange(32) > 0, item["input_ids"], -100), "segments": np.arange(32) // 8 + 1}
+    ),
     "labels holds -1; ids are 0 to": lambda item: item | {"labels": np.where(item["labels"] == -100, -1, item["labels"])},
     "labels has 29 entries, input_ids 32": lambda item: item | {"labels": item["labels"][:-3]},
     "input_ids must be a one-dimensional array of whole numbers, not float": lambda item: item | {"input_ids": item["input_ids"].astype(float)},
@@ -368,6 +372,8 @@ MISTAKES = {
     "no segments": lambda item: {name: item[name] for name in ("input_ids", "labels")},
     "expected arrays by name, got NoneType": lambda item: None,
     "ZeroDivisionError: division by zero": lambda item: 1 / 0,
+    "input_ids of 64 exceeds the bound 32 that lengths promised": lambda item: {name: np.tile(array, 2) for name, array in item.items()},
+    "item 0 is another the second time": lambda item: item | {"input_ids": item["input_ids"] * 0 + next(COUNT)},
 }
 
 

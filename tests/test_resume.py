@@ -106,7 +106,8 @@ def test_whatever_decides_the_bits_of_a_run_is_compared(shared_dir, tmp_path):
     tokens = token_set(shared_dir)
     trainer_of("bert", tokens, tmp_path, max_steps=1, **SAVING | {"save_steps": 1}).run()
     of_the_text, of_the_run = {"data", "tokenizer", "tokens", "objective", "model", "batch", "seq_length"}, {"seed", "threads", "bf16", "fp16", "torch_compile"}
-    of_the_steps = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
+    of_the_steps = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "optim_args"}
+    of_the_steps |= {"lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"}
     other = trainer_of("bert", tokens, tmp_path, max_steps=2, **SAVING)
     assert other.identity.keys() == {"optimizer"} | of_the_text | of_the_run | of_the_steps
     for key, value in other.identity.items():
@@ -134,23 +135,37 @@ def test_another_optimizer_is_one_line(shared_dir, tmp_path):
         other.resume_point(("optimizer",))
 
 
-def test_an_earlier_version_s_run_keeps_its_own_moments(shared_dir, tmp_path, monkeypatch):
-    """Of before decision 0019: its manifest says nothing of betas, and its groups have others than today's."""
+def test_a_warm_up_that_follows_from_the_steps_may_change_with_them(shared_dir, tmp_path):
     tokens = token_set(shared_dir)
-    first = trainer_of("bert", tokens, tmp_path, "muon", max_steps=2, adam_beta2=0.95, **SAVING)
-    first.create_optimizer()
-    for group in first.optimizer.param_groups:
-        group["momentum" if group["muon"] else "betas"] = 0.95 if group["muon"] else (0.9, 0.95)
-    for key in ("optimizer", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2"):
-        del first.identity[key]
-    facts = first._facts
-    monkeypatch.setattr(first, "_facts", lambda: {k: v for k, v in facts().items() if k != "items"})
+    told = [trainer_of("bert", tokens, tmp_path, max_steps=n, warmup_steps=w).identity["warmup_steps"] for n, w in ((20, 2), (400, 40), (400, 0), (400, 100))]
+    assert told == [None, None, None, 100]
+
+
+def test_an_optimizer_of_one_s_own_is_told_from_others(shared_dir, tmp_path):
+    """The run goes by the name of lmssl's own; the checkpoint knows better."""
+    tokens = token_set(shared_dir)
+    first = trainer_of("bert", tokens, tmp_path, max_steps=2, **SAVING)
+    first.optimizer = torch.optim.SGD(first.model.parameters(), lr=0.1)
     first.run()
-    second = trainer_of("bert", tokens, tmp_path, "muon", max_steps=4, adam_beta2=0.99, **SAVING)
-    second.run(second.resume_point())
-    assert second._begin == (2, 2 * second.global_batch)
-    assert {g["momentum"] for g in second.optimizer.param_groups if g["muon"]} == {0.95}
-    assert {tuple(g["betas"]) for g in second.optimizer.param_groups if not g["muon"]} == {(0.9, 0.95)}
+    other = trainer_of("bert", tokens, tmp_path, max_steps=4, **SAVING)
+    with pytest.raises(UserError, match=r"checkpoint-2: its optimizer is another: SGD, this run's is AdamW"):
+        other.run(other.resume_point())
+    again = trainer_of("bert", tokens, tmp_path, max_steps=4, **SAVING)
+    again.optimizer = torch.optim.SGD(again.model.parameters(), lr=0.1)
+    again.run(again.resume_point())
+    assert again.state.global_step == 4
+
+
+def test_another_process_that_ended_is_one_line(shared_dir, tmp_path, monkeypatch):
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path, max_steps=2)
+
+    def gone(*args, **keys):
+        monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 2))
+        raise RuntimeError("[/pytorch/third_party/gloo] Connection closed by peer [127.0.1.1]:1")
+
+    monkeypatch.setattr(trainer, "train", gone)
+    with pytest.raises(Stopped, match=r"another process of this run ended, or cannot be reached: .*closed by peer.*; no checkpoint was completed before"):
+        trainer.run()
 
 
 def test_a_log_line_while_a_checkpoint_is_sealed_spoils_nothing(shared_dir, tmp_path, monkeypatch):
@@ -199,7 +214,7 @@ def test_the_held_out_loss_along_the_way_changes_nothing(corpus_file, tmp_path):
     watched = pretrain(recipe_of(corpus_file, tmp_path / "watched", eval_strategy="steps", eval_steps=2), quiet=True)
     assert watched["held_out"] == plain["held_out"]
     points = [c for c in watched["curve"] if "held_out_loss" in c]
-    assert [c["step"] for c in points] == [2, 4, 4], "at each step asked for, and of the final model"
+    assert [c["step"] for c in points] == [2, 4], "the final model is measured once"
     assert points[-1]["held_out_loss"] == watched["held_out"]["loss"]
 
 

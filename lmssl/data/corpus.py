@@ -133,7 +133,8 @@ def _resolve_one(name: str, where: str) -> list[Source]:
     if ("/" in hub or "." not in hub) and hub.count("/") <= 1 and not hub.startswith((".", "/", "~")) and _kind(path) not in KINDS:
         return [Source(hub, "hub", column or None, split or "train", chosen or None)]
     siblings = [str(p) for p in itertools.islice(path.parent.iterdir(), 1000)] if path.parent.is_dir() else []  # difflib takes a millisecond for each
-    raise UserError(f"{where}: no such file or folder: {text}" + (f"; {did_you_mean(text, siblings)}" if siblings else ""))
+    here = "" if path.is_absolute() else f" in {os.getcwd()}"
+    raise UserError(f"{where}: no such file or folder: {text}{here}" + (f"; {did_you_mean(text, siblings)}" if siblings else ""))
 
 
 def _is_saved(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmssl.data.tokens import TokenSet
-from lmssl.objectives.base import IGNORE, Arrays, Family, Objective, Row, Vocab, first_tokens
+from lmssl.objectives.base import IGNORE, Arrays, Family, Objective, Row, Vocab, first_tokens, lengths_of
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ class Stream:
     def __init__(self, tokens: TokenSet, objective: Objective, seq_length: int, seed: int, length: int | None, start: int | None = None):
         self.tokens, self.objective, self.seed = tokens, objective, seed
         self.vocab: Vocab = tokens.vocab(start)
-        self.row_length = objective.row_length(seq_length)
+        self.seq_length, self.row_length = seq_length, objective.row_length(seq_length)
         self.rows = tokens.rows(self.row_length)
         self.shuffled = length is not None
         self.length = self.rows if length is None else length
@@ -128,7 +128,7 @@ class Collator:
         arrays: dict[str, np.ndarray] = {}
         for name in items[0]:
             rows = [item[name] for item in items]
-            allowed = self.lengths[_lengths_of(name)]
+            allowed = self.lengths[lengths_of(name)]
             longest = max(map(len, rows))
             width = next((n for n in allowed if n >= longest), None)
             if width is None:
@@ -152,11 +152,6 @@ class Collator:
         return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
 
 
-def _lengths_of(name: str) -> str:
-    """Which of an objective's lengths an array of its has."""
-    return "labels" if name == "labels" or name.startswith("decoder_") else "input_ids"
-
-
 def two_lengths(stream: Stream, seq_length: int) -> dict[str, tuple[int, ...]]:
     """Of an objective's lengths those that a run pads to: the smallest that its first rows fit in, with a token to spare, and the last, which
     holds every row. Each length more is a shape more to compile; one that is chosen without a look at the text is padding for most texts.
@@ -171,7 +166,7 @@ def two_lengths(stream: Stream, seq_length: int) -> dict[str, tuple[int, ...]]:
     longest = dict.fromkeys(lengths, 0)
     for i in range(min(SAMPLE, len(stream))):
         for name, array in stream[i].items():
-            longest[_lengths_of(name)] = max(longest[_lengths_of(name)], len(array))
+            longest[lengths_of(name)] = max(longest[lengths_of(name)], len(array))
     return {name: tuple(sorted({next((n for n in some if n > longest[name]), some[-1]), some[-1]})) for name, some in lengths.items()}
 
 

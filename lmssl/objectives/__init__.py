@@ -44,5 +44,7 @@ def _check(cls: Any, name: str, where: str) -> None:
     missing = [member for member in MEMBERS if not hasattr(cls, member)]
     if isinstance(cls, type) and not any("__call__" in base.__dict__ for base in cls.__mro__):
         missing.append("__call__")
+    if unknown := sorted(set(getattr(cls, "needs", ())) - {"mask", "sentinels"}):
+        raise UserError(f"{where}: '{name}' needs '{unknown[0]}', and a tokenizer has 'mask' and 'sentinels'")
     if not (dataclasses.is_dataclass(cls) and isinstance(cls, type)) or missing:
         raise UserError(f"{where}: '{name}' is not an objective: a frozen dataclass with {', '.join(MEMBERS)} and __call__ ({', '.join(missing) or 'a dataclass'} is missing)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Protocol
@@ -118,7 +119,7 @@ def fault(item: Any, size: int, family: Family | None = None) -> str | None:
     Args:
         item: should be `Arrays`, as `Objective.__call__` says.
         size: of the vocabulary.
-        family: of the model, where it is known: the first token of a decoder's row cannot be asked.
+        family: of the model, where it is known: the first token of a document cannot be asked of a decoder.
     """
     if not isinstance(item, dict):
         return f"expected arrays by name, got {type(item).__name__}"
@@ -139,9 +140,24 @@ def fault(item: Any, size: int, family: Family | None = None) -> str | None:
         ids = item[name][item[name] != IGNORE] if name == "labels" else item[name]
         if len(odd := ids[(ids < 0) | (ids >= size)]):
             return f"{name} holds {odd[0]}; ids are 0 to {size - 1}" + (f", and what is not asked {IGNORE}" if name == "labels" else "")
-    if family == "decoder" and len(item["labels"]) and item["labels"][0] != IGNORE:
-        return f"the first token of a row is asked, and nothing stands before it: labels are unshifted, as transformers' own, and {IGNORE} there"
+    if family == "decoder" and (item["labels"] != IGNORE)[first_tokens(item["segments"])].any():
+        return f"the first token of a document is asked, and nothing of it stands before: labels are unshifted, as transformers' own, and {IGNORE} there"
     return None
+
+
+def beyond(item: Arrays, bounds: Mapping[str, Sequence[int]], most: int) -> str | None:
+    """What of an item is more than its objective promised (`lengths`, `most_labels`), None where nothing is."""
+    for name, array in item.items():
+        if len(array) > (bound := bounds[lengths_of(name)][-1]):
+            return f"{name} of {len(array)} exceeds the bound {bound} that lengths promised"
+    if (asked := int((item["labels"] != IGNORE).sum())) > most:
+        return f"{asked} labels exceed the bound {most} that most_labels promised"
+    return None
+
+
+def lengths_of(name: str) -> str:
+    """Which of an objective's lengths an array of its has."""
+    return "labels" if name == "labels" or name.startswith("decoder_") else "input_ids"
 
 
 class SameLength:

@@ -79,7 +79,7 @@ class Task(ABC):
     """The field that names the column of a lone text, for inputs without columns; None where one text is not enough."""
     classes: ClassVar[bool]
     """Whether labels are classes, by which subsets are stratified."""
-    needs: ClassVar[str] = "two texts; give .jsonl, .csv or .parquet"
+    needs: ClassVar[str] = "columns of its own; give .jsonl, .csv or .parquet"
     """What an input is where a lone text is not enough, and the files that hold it; for a refusal."""
 
     labels: list[int] = field(default_factory=lambda: [20, 100, 500])
@@ -258,7 +258,8 @@ class Backbone:
 
         What the checkpoint lacks (the head) is drawn from the seed for both.
         """
-        config = type(self.config).from_dict(self.config.to_dict() | {"pad_token_id": self.pad} | changes)
+        start = {"decoder_start_token_id": self.tokenizer.vocab().start} if self.family == "encoder-decoder" and models.decoder_start(self.config) is None else {}
+        config = type(self.config).from_dict(self.config.to_dict() | {"pad_token_id": self.pad} | start | changes)
         eos = self.tokenizer.eos()
         torch.manual_seed(seed)
         try:

@@ -85,6 +85,7 @@ class Sentiment(Task):
 
     name: ClassVar[str] = "sentiment"
     column: ClassVar[str | None] = "text"
+    needs: ClassVar[str] = "two texts; give .jsonl, .csv or .parquet"
     classes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
