@@ -43,6 +43,17 @@ def test_counts_are_those_of_plain_loops(block, shared_dir, monkeypatch):
         assert 0.8 < counts.sum() / expected.sum() < 1
 
 
+def test_of_a_large_text_all_parts_are_counted(shared_dir, monkeypatch):
+    monkeypatch.setattr(beginnings, "BLOCK", 64)
+    monkeypatch.setattr(beginnings, "MOST_BLOCKS", 4)
+    tokens, asked = token_set(shared_dir), []
+    row = type(tokens).row
+    monkeypatch.setattr(type(tokens), "row", lambda self, k, *rest: asked.append(k) or row(self, k, *rest))
+    beginnings.cooccurrences(tokens, tokens.vocab().size)
+    assert len(asked) == 4
+    assert max(asked) >= tokens.rows(64) * 3 // 4
+
+
 def test_a_large_vocabulary_has_the_columns_of_its_most_frequent_tokens(shared_dir, monkeypatch):
     tokens = token_set(shared_dir)
     size = tokens.vocab().size

@@ -40,6 +40,17 @@ def test_damage_is_found_and_the_older_one_taken(tmp_path, name, kind):
     assert name in rejected[0]
 
 
+def test_a_checkpoint_under_another_name_is_none(tmp_path):
+    make(tmp_path, 1).rename(tmp_path / "checkpoint-5")
+    with pytest.raises(Damaged, match="is of step 1"):
+        verify(tmp_path / "checkpoint-5")
+
+
+def test_weights_that_are_none_of_the_model_s_are_named(tmp_path):
+    with pytest.raises(Damaged, match="none of the model's"):
+        checkpoints.fits(make(tmp_path, 1), {}, {})
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     """A disk's error, too, is damage, behind which an older checkpoint may be whole."""
     make(tmp_path, 1)

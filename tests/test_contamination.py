@@ -130,6 +130,9 @@ def test_preparation_drops_the_offenders(tmp_path):
     made = tokens.prepare(str(tmp_path / "train.txt"), tokenizer(), 0.1, str(tmp_path / "test.txt"), quiet=True)
     assert made.manifest["decontaminated"] + made.manifest["held_out"]["documents"] >= 10
     assert contamination.leaked(own[:10], made.texts()) == []
+    (tmp_path / "other.txt").write_text("\n".join(own[20:30]))
+    other = tokens.prepare(str(tmp_path / "train.txt"), tokenizer(), 0.1, str(tmp_path / "other.txt"), quiet=True)
+    assert contamination.leaked(own[20:30], other.texts()) == [], "other tests are looked for anew"
     plain = tokens.prepare(str(tmp_path / "train.txt"), tokenizer(), 0.1, quiet=True)
     assert contamination.leaked(own[:10], plain.texts())
     (tmp_path / "both.txt").write_text("\n".join([*own, *(f"again {text}" for text in own)]))

@@ -363,17 +363,9 @@ def test_prepare_finds_it_again(corpus_file):
     again = lmssl.prepare(str(corpus_file), tokenizer(), 0.1, quiet=True)
     assert (again.folder, (again.folder / "manifest.json").stat().st_mtime_ns) == (first.folder, stamp)
     assert lmssl.prepare(str(corpus_file), tokenizer(), 0.2, quiet=True).folder != first.folder
-
-
-def test_a_file_of_another_kind_is_another_text(tmp_path):
-    """The same bytes under another name are read otherwise."""
-    content = "".join(json.dumps({"text": text}) + "\n" for text in sentences(30))
-    found = []
-    for name in ("d.txt", "d.jsonl"):
-        (tmp_path / name).write_text(content)
-        found.append(next(iter(tokens.prepare(str(tmp_path / name), tokenizer(), 0.2, quiet=True).texts())))
-    assert found[0].startswith("{")
-    assert not found[1].startswith("{")
+    other = lmssl.train_tokenizer(sentences(300, seed=9), size=tokenizer().size)
+    assert other.size == tokenizer().size
+    assert lmssl.prepare(str(corpus_file), other, 0.1, quiet=True).folder != first.folder, "another tokenizer makes other ids"
 
 
 def test_held_out_file(tmp_path, corpus_file):
@@ -382,6 +374,8 @@ def test_held_out_file(tmp_path, corpus_file):
     made = lmssl.prepare(str(corpus_file), tokenizer(), str(held), quiet=True)
     assert made.manifest["held_out"]["documents"] == 20
     assert made.manifest["duplicates"] >= 20
+    held.write_text("".join(corpus_file.read_text().splitlines(keepends=True)[20:40]))
+    assert set(lmssl.prepare(str(corpus_file), tokenizer(), str(held), quiet=True).held_out().texts()).isdisjoint(made.held_out().texts())
 
 
 def test_segments_follow_the_documents(shared_dir):

@@ -59,6 +59,7 @@ class Begun:
     seed: int
     order: list[str]
     places: set[str]
+    warmup: float
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def begun(monkeypatch):
         def __init__(self, model, args, stream, *rest, **keys):
             embeddings = model.get_input_embeddings().weight.detach().clone()
             head = model.classifier.weight.detach().clone()
-            found.append(Begun(embeddings, head, args.seed, [stream.where(i) for i in range(len(stream))], set(stream.places)))
+            found.append(Begun(embeddings, head, args.seed, [stream.where(i) for i in range(len(stream))], set(stream.places), args.warmup_steps))
             super().__init__(model, args, stream, *rest, **keys)
 
     monkeypatch.setattr(curve, "ExactTrainer", Watched)
@@ -92,6 +93,12 @@ def test_each_run_has_its_own_weights_examples_and_seed(recipe, begun):
     assert first.places != second.places
     assert not torch.equal(first.embeddings, second.embeddings), "each seed draws its own twin"
     assert not torch.equal(begun[1].head, begun[5].head), "and its own head on the backbone"
+
+
+def test_each_run_warms_up_for_a_tenth_of_its_own_steps(recipe, begun):
+    """16 + 8 sqrt(8) = 39 steps, and 52 of 20 labels."""
+    finetune(recipe(trainer={"max_steps": None}, seeds=1), quiet=True)
+    assert [run.warmup for run in begun] == [3, 3, 5, 5]
 
 
 def test_a_learning_rate_is_judged_by_examples_that_it_did_not_train_on(recipe, monkeypatch):

@@ -48,6 +48,19 @@ def test_cross_entropy_equals_torch(dtype, way):
     assert apart(grad.double(), expected.double()) < (1e-6 if dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize("size", [1, 100])
+def test_large_logits_do_not_overflow(size, way):
+    """exp(89) is more than float32 holds."""
+    columns = PROJECTED // FEWEST + 1
+    hidden, weight, labels = torch.randn(FEWEST + 3, 16) * size, torch.randn(columns, 16), torch.randint(0, columns, (FEWEST + 3,))
+    made = []
+    for loss in (lambda h: linear_cross_entropy(h, weight, None, labels), lambda h: F.cross_entropy(h @ weight.T, labels, reduction="sum")):
+        leaf = hidden.clone().requires_grad_()
+        made += [total := loss(leaf), *torch.autograd.grad(total, leaf)]
+    assert made[0].item() == pytest.approx(made[2].item(), rel=1e-5)
+    assert apart(made[1].double(), made[3].double()) < 5e-5
+
+
 def test_cross_entropy_gradient_numerically():
     logits = torch.randn(6, 11, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([1, 2, -100, 4, 10, 0])
@@ -86,6 +99,10 @@ def test_linear_cross_entropy_equals_torch(dtype, bias, way):
     for mine, expected in zip(ours_grads, theirs_grads, strict=True):
         assert mine.dtype == expected.dtype
         assert apart(mine.double(), expected.double()) < (1e-6 if dtype == torch.float32 else 1e-2)
+    if bias:  # summed in float32, whatever is multiplied
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            probabilities = F.linear(*values).float().softmax(-1) - F.one_hot(labels.clamp(min=0), columns)
+        assert apart(ours_grads[2].double(), probabilities[labels != -100].double().sum(0) / 7) < (1e-6 if dtype == torch.float32 else 5e-4)
     assert whole == len(labels) * columns
     assert held < whole / 2
     with torch.no_grad():

@@ -233,7 +233,7 @@ def test_a_run_pads_to_what_its_text_needs(shared_dir, words):
         longest = max(len(item[array]) for item in items for array in arrays)
         first, last = chosen[name]
         assert last == offered[name][-1]
-        assert first == offered[name][0] or longest < first <= longest + 8
+        assert first == offered[name][0] or longest < first <= longest + 8, "with a token to spare"
     assert chosen == two_lengths(stream, LENGTH)
     narrow = chosen["labels"][0]
     assert Collator(SpanCorruption(), LENGTH, "encoder-decoder", 0, lengths=chosen)(items[:3])["decoder_input_ids"].shape == (3, narrow)
@@ -304,6 +304,27 @@ def test_sentence_permutation_moves_whole_sentences():
     assert seen == {(*itertools.chain(*order), 1) for order in itertools.permutations(pieces)}
 
 
+def test_a_mask_is_inserted_anywhere():
+    """Behind the last token, too: spans are drawn that cover none."""
+    row, objective, last = Row(np.append(np.arange(6, 16), VOCAB.eos).astype(np.int32), np.ones(11, np.int32)), Infilling(rate=0.3, permute=0.0), 0
+    for i in range(1000):
+        out = objective(row, VOCAB, generator(0, i))["input_ids"]
+        last += out[-2] == VOCAB.mask and out[-3] == 15
+    assert last
+
+
+def test_marks_side_by_side_end_one_sentence():
+    row = Row(np.array([6, 7, 10, 15, 8, 20, 1], np.int32), np.ones(7, np.int32))  # 10 and 15, as in "?!"
+    seen = {tuple(Infilling(rate=0.0)(row, VOCAB, generator(0, i))["input_ids"].tolist()) for i in range(50)}
+    assert seen == {(6, 7, 10, 15, 8, 20, 1), (8, 20, 6, 7, 10, 15, 1)}
+
+
+def test_masks_are_not_deleted():
+    row = Row(np.append(np.arange(6, 26), VOCAB.eos).astype(np.int32), np.ones(21, np.int32))
+    out = Infilling(rate=0, permute=0, mask_rate=1.0, delete_rate=0.5)(row, VOCAB, generator(0, 0))["input_ids"]
+    assert (out == VOCAB.mask).sum() == 20
+
+
 def test_rotation_and_deletion():
     row = Row(np.array([6, 7, 8, 9, 1], np.int32), np.ones(5, np.int32))
     turned = {tuple(Infilling(rate=0, permute=0, rotate=1.0)(row, VOCAB, generator(0, i))["input_ids"].tolist()) for i in range(100)}
@@ -368,7 +389,7 @@ MISTAKES = {
     "labels has 29 entries, input_ids 32": lambda item: item | {"labels": item["labels"][:-3]},
     "input_ids must be a one-dimensional array of whole numbers, not float": lambda item: item | {"input_ids": item["input_ids"].astype(float)},
     "labels must be a one-dimensional array of whole numbers, not list": lambda item: item | {"labels": item["labels"].tolist()},
-    "input_ids holds 99999": lambda item: item | {"input_ids": item["input_ids"] * 0 + 99999},
+    "input_ids holds 420": lambda item: item | {"input_ids": item["input_ids"] * 0 + 420},
     "no segments": lambda item: {name: item[name] for name in ("input_ids", "labels")},
     "expected arrays by name, got NoneType": lambda item: None,
     "ZeroDivisionError: division by zero": lambda item: 1 / 0,
@@ -421,6 +442,10 @@ def test_a_run_of_such_rows_is_warned_of(shared_dir, tmp_path, caplog):
     assert "sentinels" not in caplog.text
     PretrainTrainer(small_model("t5", tokens.vocab(), 512), SpanCorruption(rate=0.5, mean_span=1.0), tokens, arguments(tmp_path), 512, quiet=True)
     assert "100 sentinels" in caplog.text
+
+
+def test_held_out_masks_are_of_the_run_s_own_unit():
+    assert MaskedTokens(rate=0.4, unit="word").held_out() == MaskedTokens(unit="word")
 
 
 def test_a_document_is_never_deleted_whole():

@@ -179,6 +179,16 @@ def test_n_best_holds_valid_spans_alone(folder_of):
     assert task.predict(model, backbone, some, 8) == alone
 
 
+def test_an_answer_is_as_long_as_asked_at_most():
+    window = squad.Window(np.arange(8), 1, np.array([[3 * k, 3 * k + 2] for k in range(6)]), 0, (0, 0), True)
+    start, end = np.full(8, -9.0), np.full(8, -9.0)
+    start[2], end[4] = 9.0, 9.0  # three tokens
+    for longest, best in ((3, (3, 11)), (2, None)):
+        spans, _ = squad.candidates(window, start, end, 50, longest)
+        assert max(s.end - s.begin for s in spans) == 3 * longest - 1
+        assert ((spans[0].begin, spans[0].end) == best) == (best is not None)
+
+
 def test_no_answer():
     task = QuestionAnswering(no_answer=True, null_margin=1.0)
     spans = [squad.Span(0, 4, 2.0)]

@@ -469,6 +469,8 @@ def test_what_is_timed_is_what_counts(shared_dir, tmp_path):
     trainer.args.torch_compile = True  # as the watch sees it; nothing is compiled
     trainer.run()
     assert trainer.untimed == [trainer._total_tokens() // 4, 1]
+    trainer.flops, trainer.peak = 1.0, 3 * trainer.global_batch / trainer.clock.seconds
+    assert trainer.metrics()["matmul_share"] == pytest.approx(1.0, abs=1e-3)
     assert trainer.metrics()["tokens_per_second"] == pytest.approx(trainer._total_tokens() * 3 / 4 / trainer.clock.seconds, rel=0.01)
     shutil.rmtree(tmp_path / "checkpoint-4")
     resumed = trainer_of("bert", tokens, tmp_path, **keys)

@@ -302,6 +302,7 @@ def test_probe_and_lora(method, architecture, easy, shared_dir, tmp_path, monkey
     heads = {"llama": {"score.weight"}, "bert": {"classifier", "pooler"}, "t5": {"classification_head"}}[architecture]
     assert trained
     assert all(any(h in name for h in heads) or (method == "lora" and "lora_" in name) for name in trained)
+    assert all(module.scaling == {"default": 2.0} for module in model.modules() if hasattr(module, "lora_A"))
     recipe = FinetuneRecipe.of(
         {
             "task": {"name": "sentiment", "text": "review", "label": "verdict", "labels": [40], "seeds": 1, "method": method, "lora_rank": 4},

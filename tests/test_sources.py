@@ -1,5 +1,6 @@
 """Where text is read from: folders, links, globs, and columns that nobody asked for."""
 
+import json
 import os
 
 import datasets
@@ -8,10 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import lmssl
 from lmssl.data import corpus
 from lmssl.data.formats import BadRecords
 from lmssl.errors import UserError
 from lmssl.recipe import FinetuneRecipe, PretrainRecipe
+from tests.helpers import sentences, tokenizer
 
 
 def texts(name, **more):
@@ -138,3 +141,20 @@ def test_home(tmp_path, monkeypatch):
     assert (recipe.data.tokenizer, recipe.continued) == (f"{tmp_path}/t", f"{tmp_path}/m")
     sections = {"task": {"name": "sentiment"}, "data": {"train": "x"}, "model": {"from": "~/m"}, "trainer": {"output_dir": "o"}}
     assert FinetuneRecipe.of(sections).source == f"{tmp_path}/m"
+
+
+def test_another_column_is_another_text(tmp_path):
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"a": f"a film {n}", "b": f"the plot {n}"}) + "\n" for n in range(20)))
+    one, other = (set(lmssl.prepare(f"{tmp_path / 'x.jsonl'}::{column}", tokenizer(), 0.1, quiet=True).texts()) for column in "ab")
+    assert not one & other
+
+
+def test_a_file_of_another_kind_is_another_text(tmp_path):
+    """The same bytes under another name are read otherwise."""
+    content = "".join(json.dumps({"text": text}) + "\n" for text in sentences(30))
+    found = []
+    for name in ("d.txt", "d.jsonl"):
+        (tmp_path / name).write_text(content)
+        found.append(next(iter(lmssl.prepare(str(tmp_path / name), tokenizer(), 0.2, quiet=True).texts())))
+    assert found[0].startswith("{")
+    assert not found[1].startswith("{")

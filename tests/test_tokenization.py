@@ -76,6 +76,24 @@ def test_bytes_of_scripts_without_spaces_are_counted_without_them():
         assert abs(counted - len(text.encode())) <= 1, text
 
 
+def test_a_byte_of_a_vocabulary_of_pieces_is_a_byte():
+    """As Llama's: "<0xE4>" stands for one, not for six."""
+    from tokenizers import Tokenizer, decoders, models
+
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁film", -1.0), ("<0xE4>", -2.0)]
+    backend = Tokenizer(models.Unigram(pieces, 0, byte_fallback=False))
+    backend.decoder = decoders.Metaspace()
+    vocab = tokenization.Tokenizer(backend, {"eos": "</s>"}, []).vocab()
+    assert vocab.token_bytes.tolist() == [0, 0, 5, 1]
+
+
+def test_what_is_added_is_known_at_once():
+    made = tokenization.Tokenizer(tokenization.train(sentences(50), "bpe", 380).backend, {"eos": "</s>"}, [])
+    assert made.vocab().mask is None
+    made.complete()
+    assert made.vocab().mask is not None
+
+
 def test_a_part_of_a_letter_begins_no_word():
     made = tokenization.load(ASSET)
     ids = made.encode(["one мир señor — two"])[0][1:-1]
@@ -104,6 +122,7 @@ def test_marks_at_the_end_of_words(byte_level):
     row = Row(np.append(ids, vocab.eos).astype(np.int32), np.ones(len(ids) + 1, np.int32))
     for seed in range(20):
         hidden = np.flatnonzero(MaskedTokens(rate=0.5, unit="word")(row, vocab, np.random.default_rng(seed))["labels"] != -100)
+        assert len(hidden)
         whole = [set(range(a, b)) for a, b in pairwise([*by_words(vocab, ids), len(ids)])]
         assert set(hidden.tolist()) == set().union(*(w for w in whole if w & set(hidden.tolist())))
 

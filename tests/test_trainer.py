@@ -206,6 +206,7 @@ def test_resume_is_bit_identical(architecture, optimizer, shared_dir, tmp_path):
         assert torch.equal(value, second.model.state_dict()[name]), name
     assert second.tokens_seen == whole.tokens_seen
     assert [c["loss"] for c in second.curve] == [c["loss"] for c in whole.curve]
+    assert list(second.guard.norms) == list(whole.guard.norms), "what a spike is measured by"
 
 
 def test_workers_change_nothing(shared_dir, tmp_path):

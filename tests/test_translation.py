@@ -72,6 +72,7 @@ def test_batched_search_equals_one_at_a_time(architecture, backbones):
     """Padding, on the left for decoders, and batches by length change no output."""
     backbone = backbones[architecture]
     made = generation.model(backbone, True, 3, 3)
+    assert made.generation_config.num_beams == 3
     together = generation.generate(made, backbone, SOURCES, "\n", 5, 3, longest=12)
     alone = [generation.generate(made, backbone, [s], "\n", 1, 3, longest=12)[0] for s in SOURCES]
     assert together == alone

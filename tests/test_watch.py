@@ -59,6 +59,17 @@ def test_a_spike_is_said_or_stops_before_its_update(on_spike, shared_dir, tmp_pa
         assert ("21 times the usual" in caplog.text) == (on_spike == "warn")
 
 
+def test_of_a_few_steps_nothing_is_usual(shared_dir, tmp_path):
+    """A gradient of the warm-up is compared with 16 before it, or with none."""
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path)
+    trainer.create_optimizer()
+    trainer.on_spike, trainer.gradient_norm = "stop", torch.tensor(21.0)
+    trainer.guard.norms.extend([1.0] * 15)
+    trainer.guard.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
+    with pytest.raises(Stopped, match="times the usual"):
+        trainer.guard.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
+
+
 def test_steps_without_a_label_are_no_measure_of_a_gradient(shared_dir, tmp_path):
     trainer = trainer_of("bert", token_set(shared_dir), tmp_path)
     trainer.create_optimizer()
