@@ -226,6 +226,8 @@ def _prepare(options: argparse.Namespace) -> None:
         print(f"{split:9} {counts['documents']:>10,} documents  {counts['tokens']:>13,} tokens  {counts['bytes']:>14,} bytes")
     if "decontaminated" in found.manifest:
         print(f"{found.manifest['decontaminated']:,} documents dropped that share {contamination.GRAM} words in a row with a test text")
+        if short := found.manifest.get("tests_too_short"):
+            print(f"{short:,} test texts have fewer than {contamination.SHORTEST} words and were not looked for")
     if skipped := found.manifest.get("bad_records", {}).get("skipped"):
         print(f"{skipped:,} bad records skipped, the first: {found.manifest['bad_records']['first'][0]}")
     print(f"{found.manifest['duplicates']:,} exact duplicates dropped; in {found.folder}")

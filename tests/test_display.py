@@ -35,7 +35,7 @@ class Chosen(SameLength):
 def tokens(tmp_path_factory):
     """Every word is a token of its own."""
     own = lmssl.tokenization.train([TEXT] * 50, "wordpiece", 400)
-    return lmssl.from_iterable([TEXT, "another text"], own, tmp_path_factory.mktemp("t") / "tokens", held_out=[("another text", "x")])
+    return lmssl.from_iterable([TEXT, "another text"], own, tmp_path_factory.mktemp("t") / "tokens", held_out=["another text"])
 
 
 def shown(tokens, objective, colour):

@@ -4,17 +4,18 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 
 import lmssl
 from lmssl.cli import run
+from lmssl.data import corpus
 from lmssl.data.stream import Stream
 from lmssl.tasks import curve
-from lmssl.tasks.base import Backbone
-from lmssl.tasks.sentiment import Labelled, Sentiment
-from tests.helpers import SMALL, arguments, saved_backbone, token_set, tokenizer
+from lmssl.tasks.sentiment import Sentiment
+from tests.helpers import SMALL, arguments, saved_backbone, sentences, token_set, tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -115,9 +116,34 @@ def test_a_task_of_one_s_own(shared_dir, tmp_path, monkeypatch):
     sections = {"task": {"name": "mypkg.topics:Headline", "labels": [8], "seeds": 1}, "data": {"train": "x.jsonl", "test": 10}, "model": {"from": "backbone"}}
     recipe = lmssl.FinetuneRecipe.of(sections | {"trainer": {"output_dir": "run", "max_steps": 1}})
     assert lmssl.finetune(recipe, quiet=True)["task"] == "headline"
-    backbone = Backbone.load("backbone", 32)
-    one, other = (recipe.task.encode(backbone, [Labelled(text, "a", "x:1")])[0][0]["input_ids"].tolist() for text in ("a film\nmore", "a film"))
+    one, other = (recipe.task.unlabelled({"text": text}, "x:1") for text in ("a film\nmore", "a film"))
     assert one == other
+    assert {e.text for e in recipe.task.read(corpus.resolve("x.jsonl"))} == {f"headline {n}" for n in range(40)}
+
+
+def test_a_task_from_the_ground_up(shared_dir, tmp_path, monkeypatch, capsys):
+    """The page's tags of words: learnt, scored, and predicted where the command line trusts the module."""
+    (tmp_path / "mypkg").mkdir()
+    (tmp_path / "mypkg" / "tagging.py").write_text(block("docs/extending.md", text="Tagging"))
+    texts = [text.split() for text in sentences(200)]
+    rows = [{"words": words[:8], "tags": ["LONG" if len(word) > 4 else "SHORT" for word in words[:8]]} for words in texts]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    saved_backbone("bert", token_set(shared_dir), tmp_path / "backbone")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name = "mypkg.tagging:Tagging"
+    sections = {"task": {"name": name, "labels": [100], "seeds": 1}, "data": {"train": "x.jsonl", "test": 40}, "model": {"from": "backbone"}}
+    trainer = {"output_dir": "run", "max_steps": 60, "learning_rate": 5e-3, "bf16": False}
+    found = lmssl.finetune(lmssl.FinetuneRecipe.of(sections | {"trainer": trainer}), quiet=True)
+    assert min(result["score"] for result in found["results"]) > 0.8
+    for module in [name for name in sys.modules if name.startswith("mypkg")]:
+        monkeypatch.delitem(sys.modules, module)  # as in a process of its own
+    assert run(["predict", "run", "x.jsonl"]) == 2
+    assert f"if you trust it: task.name={name}" in capsys.readouterr().err
+    assert run(["predict", "run", "x.jsonl", f"task.name={name}"]) == 0
+    said = [json.loads(line)["tags"] for line in capsys.readouterr().out.splitlines()]
+    right = [a == b for row, tags in zip(rows, said, strict=True) for a, b in zip(row["tags"], tags, strict=False)]
+    assert sum(right) / len(right) > 0.8
 
 
 def test_the_same_fraction_names_the_same_documents(corpus_file, tmp_path, monkeypatch):

@@ -158,3 +158,9 @@ def test_a_file_of_another_kind_is_another_text(tmp_path):
         found.append(next(iter(lmssl.prepare(str(tmp_path / name), tokenizer(), 0.2, quiet=True).texts())))
     assert found[0].startswith("{")
     assert not found[1].startswith("{")
+
+
+def test_a_file_that_is_one_document_may_be_read_as_several(tmp_path):
+    (tmp_path / "all.txt").write_text("one\ntwo\n")
+    with pytest.raises(UserError, match=r"data.text: .*all.txt: no document to train on: the only one is held out .*FILE::paragraph"):
+        lmssl.prepare(f"{tmp_path / 'all.txt'}::file", tokenizer(), 0.5, quiet=True)

@@ -42,10 +42,12 @@ class Grams:
 
     def __init__(self, texts: Iterable[str]):
         found: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
-        number = 0
+        number = self.short = 0
+        """Texts of too few words to be looked for."""
         for some in _blocks(texts):
             hashes, owners = _hashed(some)
             sizes = np.bincount(owners, minlength=len(some)).clip(max=GRAM)
+            self.short += int((sizes < SHORTEST).sum())
             for n in np.unique(sizes[sizes >= SHORTEST]).tolist():
                 grams, first = _rolling(hashes, n), owners[: len(hashes) - n + 1]
                 kept = (sizes[first] == n) & (first == owners[n - 1 :])

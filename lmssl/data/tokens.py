@@ -135,10 +135,10 @@ class _Writer:
 
 
 def write(
-    texts: Iterable[tuple[str, str]],
+    texts: Iterable[str],
     tokenizer: Tokenizer,
     out: str | Path,
-    held_out: float | Iterable[tuple[str, str]] = 0.01,
+    held_out: float | Iterable[str] = 0.01,
     sources: list[dict[str, Any]] | None = None,
     tests: Grams | None = None,
     bad: corpus.BadRecords | None = None,
@@ -146,7 +146,7 @@ def write(
     """Tokenize documents into a token set at `out`; complete or not there at all.
 
     Args:
-        texts: (document, where it stands); exact duplicates are dropped and counted.
+        texts: documents; exact duplicates are dropped and counted.
         held_out: a fraction chosen by content hash (never fewer than one document; 0 holds nothing out), or documents
             of their own, which are then dropped from `texts`.
         sources: what the manifest says of the text's origin.
@@ -167,7 +167,7 @@ def write(
         tokenizer.save(stage / "tokenizer")
         manifest = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocabulary": tokenizer.size, "sources": sources or [], "duplicates": duplicates, **counts}
         manifest["crc32"] = {split: _crc32(stage / split / DATA) for split in ("train", "held_out")}
-        manifest |= {"decontaminated": train.leaks} if tests is not None else {}
+        manifest |= {"decontaminated": train.leaks, "tests_too_short": tests.short} if tests is not None else {}
         if bad and bad.skip:
             manifest["bad_records"] = {"skipped": bad.count, "first": bad.first}
         (stage / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -191,17 +191,17 @@ def _staged(out: Path) -> Iterator[Path]:
         raise
 
 
-def _divide(texts: Iterable[tuple[str, str]], held_out: float | Iterable[tuple[str, str]], train: _Writer, held: _Writer) -> int:
+def _divide(texts: Iterable[str], held_out: float | Iterable[str], train: _Writer, held: _Writer) -> int:
     """Each document into one of the two; how many duplicates were in neither."""
     seen, duplicates = _Seen(), 0
     fraction, own = (held_out, ()) if isinstance(held_out, int | float) else (0.0, held_out)
-    for text, _ in own:
+    for text in own:
         if seen.add(content_hash(text)):
             held.add(text)
 
     def new() -> Iterator[tuple[int, str]]:
         nonlocal duplicates
-        for text, _ in texts:
+        for text in texts:
             value = content_hash(text)
             if seen.add(value):
                 yield value, text
@@ -239,7 +239,9 @@ def _nothing_to_train_on(sources: list[dict[str, Any]], held_back: int, leaks: i
         return UserError(f"data.decontaminate: {leaks:,} documents share {contamination.GRAM} words in a row with the tests, {way_out}")
     names, why = ", ".join(s["path"] for s in sources[:3]), "the only one is held out" if held_back == 1 else f"all {held_back:,} are held out"
     way_out = f": {why} (a smaller data.held_out; a .txt file as several documents: FILE::paragraph)" if held_back else "; is the text empty?"
-    return UserError(f"data.text: {names}{': ' if names else ''}no document to train on{way_out}")
+    if not sources:  # of a Python iterable
+        return UserError(f"texts: no document to train on{f': {why} (a smaller held_out)' if held_back else ''}")
+    return UserError(f"data.text: {names}: no document to train on{way_out}")
 
 
 def _is_token_set(folder: Path) -> bool:
@@ -296,8 +298,8 @@ def prepare(
                     found = (text for text, is_held in _marked(((content_hash(text), text) for text in found), float(held_out)) if is_held)
                 grams = Grams(found)
             bad = corpus.BadRecords(skip, "data.on_bad_record=skip leaves such records out")
-            texts = corpus.documents(train, bar.update, bad)
-            made = write(texts, tokenizer, folder, corpus.documents(held, bar.update, bad) if held else float(held_out), described, grams, bad)
+            texts, own = ((text for text, _ in corpus.documents(sources, bar.update, bad)) for sources in (train, held))
+            made = write(texts, tokenizer, folder, own if held else float(held_out), described, grams, bad)
         if bad.count:
             log.warning("%d bad records skipped, the first: %s", bad.count, bad.first[0])
         return _known(made, tokenizer)
@@ -470,20 +472,26 @@ class TokenSet:
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
 
-def from_iterable(texts: Iterable[str], tokenizer: Tokenizer, out: str | Path, held_out: float = 0.01) -> TokenSet:
-    """A token set from any Python iterable of documents, at a folder of your own choosing."""
+def from_iterable(texts: Iterable[str], tokenizer: Tokenizer, out: str | Path, held_out: float | Iterable[str] = 0.01) -> TokenSet:
+    """A token set from any Python iterable of documents, made anew at each call.
 
-    def numbered() -> Iterator[tuple[str, str]]:
+    Args:
+        texts: documents; blank ones are left out, exact duplicates dropped.
+        out: folder of the token set; one that is there is replaced, anything else is not.
+        held_out: fraction of the documents held out, by content hash; or documents of their own.
+    """
+
+    def checked() -> Iterator[str]:
         for number, text in enumerate(texts):
             where = f"document {number + 1}"
             if not isinstance(text, str):
                 raise UserError(f"{where}: expected text, got {type(text).__name__}")
             corpus.check_text(text, where)
             if text.strip():
-                yield text, where
+                yield text
 
     tokenization.check_texts(texts)
-    documents = numbered()
+    documents = checked()
     first = next(documents, None)
     if first is None:
         raise UserError("no document with text in it")
