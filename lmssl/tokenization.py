@@ -16,6 +16,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,16 @@ class Tokenizer:
     sentinels: list[str]
     settings: dict[str, Any] = field(default_factory=dict)
     source: str = ""
-    _fast: Any = field(default=False, init=False, repr=False, compare=False)
-    """The same ids faster, where that is possible (lmssl.byte_pairs); False until it is first asked for."""
-    _vocab: Vocab | None = field(default=None, init=False, repr=False, compare=False)
-    """What `vocab` found: of 250,000 tokens it takes nine seconds."""
-    _reader: Any = field(default=None, init=False, repr=False, compare=False)
-    """See `reader`."""
 
-    @property
+    @cached_property
     def reader(self) -> Any:
         """What text of data is encoded by: the backend, or a copy in which no spelling leads to a special token."""
-        if self._reader is None:
-            self._reader = vocabulary.without_spellings(self.backend, self._special()) if vocabulary.spells(self.backend, self._special()) else self.backend
-        return self._reader
+        return vocabulary.without_spellings(self.backend, self._special()) if vocabulary.spells(self.backend, self._special()) else self.backend
+
+    @cached_property
+    def _fast(self) -> Any:
+        """What makes the same ids faster, where that is possible (lmssl.byte_pairs)."""
+        return byte_pairs.encoder(self.backend)
 
     def _special(self) -> set[str]:
         """Texts of the special tokens."""
@@ -109,8 +107,6 @@ class Tokenizer:
         """
         bos = [self.id("bos")] if "bos" in self.roles else []
         eos = [self.eos()]
-        if self._fast is False:
-            self._fast = byte_pairs.encoder(self.backend)
         if self._fast is not None:
             with contextlib.suppress(ValueError):
                 return [np.concatenate([bos, ids, eos]).astype(np.int32) for ids in byte_pairs.encode(self._fast, self.backend, texts)]
@@ -255,16 +251,17 @@ class Tokenizer:
             added += [s for s in SENTINELS if self.backend.token_to_id(s) is None]
             self.sentinels = list(SENTINELS)
         self.backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in added])
-        self._vocab, self._fast, self._reader = None, False, None
+        for name in ("reader", "_fast", "_vocab"):  # made of what there was
+            self.__dict__.pop(name, None)
         return added
 
     def vocab(self, start: int | None = None) -> Vocab:
         """What objectives see of it. `start`: the decoder's start id where a model fixes one; else bos, else pad."""
-        if self._vocab is None:
-            self._vocab = self._read()
         return self._vocab if start is None else dataclasses.replace(self._vocab, start=start)
 
-    def _read(self) -> Vocab:
+    @cached_property
+    def _vocab(self) -> Vocab:
+        """Of 250,000 tokens it takes nine seconds."""
         size, texts = self.size, [""] * self.size
         for text, i in self.backend.get_vocab(with_added_tokens=True).items():
             texts[i] = text

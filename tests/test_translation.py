@@ -71,10 +71,10 @@ def test_split_of_the_batch_changes_nothing(architecture, backbones, tmp_path):
 def test_batched_search_equals_one_at_a_time(architecture, backbones):
     """Padding, on the left for decoders, and batches by length change no output."""
     backbone = backbones[architecture]
-    made = generation.model(backbone, True, 3, 3)
+    made = generation.model(backbone, True, 3, 3, longest=12)
     assert made.generation_config.num_beams == 3
-    together = generation.generate(made, backbone, SOURCES, "\n", 5, 3, longest=12)
-    alone = [generation.generate(made, backbone, [s], "\n", 1, 3, longest=12)[0] for s in SOURCES]
+    together = generation.generate(made, backbone, SOURCES, "\n", 5)
+    alone = [generation.generate(made, backbone, [s], "\n", 1)[0] for s in SOURCES]
     assert together == alone
 
 
@@ -102,7 +102,7 @@ def test_a_cache_that_writes_other_text_is_not_used(architecture, backbones, mon
     kind, original, asked, modes = type(made), type(made).generate, [], [""]
 
     def broken(self, *args, **kwargs):
-        use_cache = kwargs.get("use_cache", getattr(kwargs.get("generation_config"), "use_cache", None))
+        use_cache = kwargs.get("use_cache", self.generation_config.use_cache)
         asked.append(use_cache)
         if use_cache and modes[-1] == "raises":
             raise AttributeError("no such cache")

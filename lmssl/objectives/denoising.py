@@ -215,15 +215,9 @@ class Infilling(SameLength):
             raise ValueError("every noise is 0: nothing would be learnt; set rate=0.3 and permute=1.0 for BART's own mix")
 
     def __call__(self, row: Row, vocab: Vocab, rng: np.random.Generator) -> Arrays:
-        inputs, numbers, targets, documents = [], [], [], []
-        for begin, end in row.documents():
-            ids, number = row.ids[begin:end], int(row.segments[begin])
-            noisy = self._corrupt(ids, vocab, rng)
-            inputs.append(noisy)
-            numbers.append(number)
-            targets.append(ids)
-            documents.append(number)
-        return encoder_arrays(inputs, numbers) | decoder_arrays(targets, documents, vocab.start)
+        documents = row.documents()
+        texts, numbers = [row.ids[begin:end] for begin, end in documents], [int(row.segments[begin]) for begin, _ in documents]
+        return encoder_arrays([self._corrupt(ids, vocab, rng) for ids in texts], numbers) | decoder_arrays(texts, numbers, vocab.start)
 
     def _corrupt(self, ids: np.ndarray, vocab: Vocab, rng: np.random.Generator) -> np.ndarray:
         """One document with its noise; the special tokens at its ends stay where they are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,7 @@ GRID = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
 def available() -> bool:
     """Whether scikit-learn is installed (extra `tasks`)."""
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec("sklearn") is not None
 
 
 def tfidf(train: Sequence[Any], test: Sequence[Any], task: Task) -> dict[str, float]:

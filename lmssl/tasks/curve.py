@@ -279,7 +279,7 @@ class Curve:
         """Every run of the curve; the twins stand side by side."""
         task = self.task
         counts = sorted({*task.labels, *task.scratch_labels})
-        return [Run(n, init, seed) for seed in range(task.seeds) for n in counts for init in ("scratch", "pretrained") if init == "scratch" or n in task.labels]
+        return [Run(n, init, seed) for seed in range(task.seeds) for n in counts for init in INITS if init == "scratch" or n in task.labels]
 
     def steps(self, run: Run) -> int:
         """Optimizer steps of a run: the recipe's, or those that the number of labels asks for."""

@@ -72,7 +72,8 @@ def _remembers(made: PreTrainedModel, backbone: Backbone) -> bool:
 
 
 def generation_config(backbone: Backbone, made: PreTrainedModel, beams: int, longest: int | None = None) -> GenerationConfig:
-    """Beam search with the tokenizer's special ids; saved with the model. At most `longest` tokens, and no more than the positions leave."""
+    """Beam search with the tokenizer's special ids; saved with the model. At most `longest` tokens, and no more than the positions leave: as many for
+    every source, so that neighbours in a batch decide nothing."""
     vocab = backbone.tokenizer.vocab()
     start = None if backbone.family == "decoder" else models.decoder_start(made.config)
     most = backbone.length // 2 if start is None else backbone.length - 1
@@ -175,23 +176,16 @@ def _start(backbone: Backbone) -> int:
 
 
 @torch.no_grad()
-def generate(made: PreTrainedModel, backbone: Backbone, sources: Sequence[str], separator: str, batch: int, beams: int, longest: int | None = None) -> list[str]:
-    """What the model writes for each source, beam search in batches of similar length.
-
-    Args:
-        longest: tokens to write at most; unset: what the positions leave. It is the same for every source, so that
-            neighbours in a batch decide nothing.
-    """
+def generate(made: PreTrainedModel, backbone: Backbone, sources: Sequence[str], separator: str, batch: int) -> list[str]:
+    """What a model of `model` writes for each source, searched as it is configured, in batches of similar length."""
     made.eval()
     decoder = backbone.family == "decoder"
     rows = prompts(backbone, sources, separator, backbone.length // 2 if decoder else backbone.length)
-    settings = generation_config(backbone, made, beams, longest)
-    settings.use_cache = made.generation_config.use_cache
 
     def write(members: list[np.ndarray]) -> list[str]:
         inputs = {k: v.to(made.device) for k, v in inputs_of(members, backbone.pad, 1, left=decoder).items()}
         width = inputs["input_ids"].shape[1]
-        out = made.generate(**inputs, generation_config=settings)
+        out = made.generate(**inputs)
         return [text_of(backbone.tokenizer, row[width:] if decoder else row[1:]) for row in out.tolist()]
 
     return by_length(rows, len, batch, write)

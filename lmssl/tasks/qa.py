@@ -192,7 +192,7 @@ class QuestionAnswering(Task):
     def predict(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int) -> list[str]:
         """The answer to each question; "" for none."""
         if self.writes(backbone):
-            return generation.generate(model, backbone, self._prompts(examples), self.separator, batch, self.beams, self.longest)
+            return generation.generate(model, backbone, self._prompts(examples), self.separator, batch)
         return [self.choose(e.text, spans, null) for e, (spans, null) in zip(examples, self.n_best_of(model, backbone, examples, batch), strict=True)]
 
     def choose(self, context: str, spans: list[Span], null: float) -> str:

@@ -99,7 +99,7 @@ class Translation(Task):
 
     def predict(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int) -> list[str]:
         """The translation of each example."""
-        return generation.generate(model, backbone, [e.text for e in examples], self.separator, batch, self.beams, self.max_new_tokens)
+        return generation.generate(model, backbone, [e.text for e in examples], self.separator, batch)
 
     def evaluate(self, model: PreTrainedModel, backbone: Backbone, examples: Sequence[Any], batch: int, compiled: bool = False) -> tuple[dict[str, Any], list[str]]:
         """BLEU and chrF in [0, 1] with their signatures, and the translations."""
