@@ -91,8 +91,8 @@ def check_isolated(model: PreTrainedModel, vocab: Vocab, seq_length: int, kernel
         raise UserError(f"model: tokens see later ones in this '{kind}' (bidirectional attention), so there is nothing to predict; next_token needs a causal decoder")
     if (logits[0, second:] - logits[1, second:]).abs().max() > little:
         raise UserError(
-            f"model.architecture: documents packed into one row see each other in '{kind}' (transformers {transformers.__version__} reads their borders from no input there); "
-            "take another architecture, for example llama, bert or t5"
+            f"model: documents packed into one row see each other in '{kind}' (transformers {transformers.__version__} reads their borders from no input there); "
+            "take one of another architecture, for example llama, bert or t5"
         )
     _check_plain(model, ids[:1, : min(16, half)], family)
 

@@ -100,9 +100,15 @@ def test_a_task_of_one_s_own_is_named_by_its_module(data, backbones, tmp_path, m
     ):
         with pytest.raises(UserError, match=message):
             make_task({"name": name})
-    for score in (lambda scores, outputs: (scores | {"accuracy": 50.0}, outputs), lambda scores, outputs: ({}, outputs), lambda scores, outputs: (scores, outputs[:-2])):
+    gave = r"task: evaluate of 'topic' gave accuracy=.* outputs for 12 examples"
+    for score, message in (
+        (lambda scores, outputs: (scores | {"accuracy": 50.0}, outputs), gave),
+        (lambda scores, outputs: ({}, outputs), gave),
+        (lambda scores, outputs: (scores, outputs[:-2]), gave),
+        (lambda scores, outputs: 1 / 0, r"task.name: evaluate of 'topic': ZeroDivisionError: division by zero .*test_curve.py"),
+    ):
         monkeypatch.setattr(Topic, "score", staticmethod(score))
-        with pytest.raises(UserError, match=r"task: evaluate of 'topic' gave accuracy=.* outputs for 12 examples"):
+        with pytest.raises(UserError, match=message):
             finetune(FinetuneRecipe.of(wanted | {"trainer": wanted["trainer"] | {"output_dir": str(tmp_path / "bad")}}), overwrite=True, quiet=True)
 
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from lmssl import arguments, checkpoints, ranks
 from lmssl.data import corpus
 from lmssl.data.stream import mix
-from lmssl.errors import Diverged, UserError, fitting, written
+from lmssl.errors import Diverged, Stopped, UserError, fitting, written
 from lmssl.models import parameters
 from lmssl.objectives.base import IGNORE
 from lmssl.objectives.cross_entropy import token_loss
@@ -36,6 +36,7 @@ from lmssl.tasks import adapters, baseline
 from lmssl.tasks.base import Backbone, Few, Item, Task, batched, has_classifier, nested, same, split_test, split_validation, steps_for
 from lmssl.tasks.ledger import Ledger, identity_of
 from lmssl.trainer import ExactTrainer
+from lmssl.watch import of_the_data
 
 log = logging.getLogger("lmssl")
 
@@ -404,8 +405,15 @@ class Curve:
         return total / max(count, 1)
 
     def _scored(self, model: PreTrainedModel, run: Run) -> dict[str, Any]:
-        with fitting("the test set", FEWER, self.trainer.stopped), self.trainer.compute_loss_context_manager():
-            scores, outputs = self.task.evaluate(model, self.backbone, self.test, self.args.per_device_eval_batch_size, compiled=self.args.torch_compile)
+        try:
+            with fitting("the test set", FEWER, self.trainer.stopped), self.trainer.compute_loss_context_manager():
+                scores, outputs = self.task.evaluate(model, self.backbone, self.test, self.args.per_device_eval_batch_size, compiled=self.args.torch_compile)
+        except (UserError, Stopped):
+            raise
+        except Exception as error:
+            if type(self.task).__module__.startswith("lmssl."):
+                raise
+            raise UserError(f"task.name: evaluate of '{self.task.name}': {of_the_data(error)}") from error  # anybody's own code
         score = scores.get(self.task.metric)
         if not isinstance(score, int | float) or not 0 <= score <= 1 or len(outputs) != len(self.test):  # of a task of one's own
             raise UserError(
