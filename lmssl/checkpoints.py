@@ -284,11 +284,11 @@ def set_aside(root: Path, newer_than: int) -> None:
             folder.rename(aside)
 
 
-def rotate(root: Path, known_good: set[str], keep: int = KEEP) -> None:
-    """Remove all checkpoints older than the `keep` newest whole ones; what was verified before is not read again."""
+def rotate(root: Path, known_good: set[str]) -> None:
+    """Remove all checkpoints older than the KEEP newest whole ones; what was verified before is not read again."""
     kept = 0
     for folder in all_of(root):
-        if kept >= keep:
+        if kept >= KEEP:
             remove(folder)
             known_good.discard(folder.name)
             continue

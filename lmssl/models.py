@@ -69,7 +69,7 @@ def check_family(config: PretrainedConfig, objective: Objective, name: str) -> F
     return family
 
 
-def config_of(section: Mapping[str, Any], where: str = "model") -> PretrainedConfig:
+def config_of(section: Mapping[str, Any]) -> PretrainedConfig:
     """The transformers configuration that a recipe's model section means; nothing is built yet.
 
     Raises:
@@ -79,30 +79,30 @@ def config_of(section: Mapping[str, Any], where: str = "model") -> PretrainedCon
     keys = dict(section)
     architecture, source = keys.pop("architecture", None), keys.pop("from", None)
     if (architecture is None) == (source is None):
-        raise UserError(f"{where}: name either an architecture (gpt2, bert, t5, ...) or a checkpoint to continue from (from: FOLDER)")
+        raise UserError("model: name either an architecture (gpt2, bert, t5, ...) or a checkpoint to continue from (from: FOLDER)")
     if source is not None:
-        check_keys(keys, ["attn_implementation"], where)
-        return _exact(read_config(str(source), f"{where}.from"), f"{where}.from: {source}")
+        check_keys(keys, ["attn_implementation"], "model")
+        return _exact(read_config(str(source), "model.from"), f"model.from: {source}")
     if not isinstance(architecture, str):
-        raise UserError(f"{where}.architecture: expected the name of an architecture, got {architecture!r}")
+        raise UserError(f"model.architecture: expected the name of an architecture, got {architecture!r}")
     choices = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
     if architecture not in choices or architecture not in transformers.CONFIG_MAPPING:
-        raise UserError(f"{where}.architecture: no architecture '{architecture}' in transformers {transformers.__version__}; {did_you_mean(architecture, choices)}")
+        raise UserError(f"model.architecture: no architecture '{architecture}' in transformers {transformers.__version__}; {did_you_mean(architecture, choices)}")
     cls = transformers.CONFIG_MAPPING[architecture]
     keys.pop("attn_implementation", None)
     if (init := init_of(keys)) not in ("text", "local", "default"):
-        raise UserError(f"{where}.init: expected text, local or default, got {init!r}")
+        raise UserError(f"model.init: expected text, local or default, got {init!r}")
     keys.pop("init", None)
-    check_keys(keys, known_keys(cls), where)
+    check_keys(keys, known_keys(cls), "model")
     if keys.get("output_router_logits"):
-        raise UserError(f"{where}.output_router_logits: what balances the load of experts is no part of lmssl's loss, and would have no effect; leave it out")
+        raise UserError("model.output_router_logits: what balances the load of experts is no part of lmssl's loss, and would have no effect; leave it out")
     if keys.get("return_dict") is False:
-        raise UserError(f"{where}.return_dict: lmssl reads a model's outputs by name; leave it out")
+        raise UserError("model.return_dict: lmssl reads a model's outputs by name; leave it out")
     try:
         made = cls(**{k: v for k, v in keys.items() if v is not None or _takes_nothing(cls, k)})
     except Exception as error:  # strict dataclass errors, ValueErrors, TypeErrors: each config class has its own
-        raise UserError(f"{where}: {architecture} refuses this configuration: {' '.join(str(error).split())}") from error
-    return _exact(made, f"{where}.architecture: '{architecture}'")
+        raise UserError(f"model: {architecture} refuses this configuration: {' '.join(str(error).split())}") from error
+    return _exact(made, f"model.architecture: '{architecture}'")
 
 
 def _exact(config: PretrainedConfig, where: str) -> PretrainedConfig:

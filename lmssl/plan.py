@@ -203,9 +203,9 @@ def curve_cost(wanted: FinetuneRecipe) -> CurveCost:
         # A twin from scratch trains everything, whatever the method.
         watches = {init: _Steps() for init in (("scratch", "pretrained") if curve.task.method != "full" else ("pretrained",))}
         for init, watch in watches.items():
-            model = curve.sample(watch, init)
+            model, trainer = curve.sample(watch, init)
         begun = time.perf_counter()
-        with curve.trainer.compute_loss_context_manager():
+        with trainer.compute_loss_context_manager():
             curve.task.evaluate(model, curve.backbone, few, curve.args.per_device_eval_batch_size)
         test_seconds = (time.perf_counter() - begun) / len(few) * len(curve.test)
     todo = curve.todo()

@@ -16,7 +16,7 @@ from lmssl.data.tokens import TokenSet
 from lmssl.errors import UserError, written
 from lmssl.history import leak_check
 from lmssl.objectives import fields_of, make
-from lmssl.objectives.base import Objective
+from lmssl.objectives.base import IGNORE, Objective
 from lmssl.recipe import FinetuneRecipe, PretrainRecipe, prepared
 from lmssl.tokenization import Tokenizer
 
@@ -28,6 +28,8 @@ log = logging.getLogger("lmssl")
 
 LOOK = 500
 """Labelled examples in which unknown tokens are counted."""
+SHOWN = 3
+"""Rows that a report shows."""
 
 
 def pretrain(recipe: PretrainRecipe | str | Path, *, resume: bool = False, overwrite: bool = False, accept: tuple[str, ...] = (), quiet: bool = False) -> dict[str, Any]:
@@ -270,17 +272,17 @@ def data_in_words(token_set: TokenSet, rows: int) -> str:
     )
 
 
-def examples(stream: Stream, tokenizer: Tokenizer, count: int = 3) -> list[dict[str, str]]:
+def examples(stream: Stream, tokenizer: Tokenizer) -> list[dict[str, str]]:
     """The first rows of the run, before and after, as text for the report."""
     shown = []
-    for i in range(min(count, len(stream))):
+    for i in range(min(SHOWN, len(stream))):
         row, arrays = stream.row(i), stream[i]
         labels = arrays["labels"]
         shown.append(
             {
                 "row": tokenizer.decode(row.ids[row.segments > 0]),
                 "input": tokenizer.decode(arrays["input_ids"][arrays["segments"] > 0]),
-                "labels": tokenizer.decode(labels[labels != -100]),
+                "labels": tokenizer.decode(labels[labels != IGNORE]),
             }
         )
     return shown

@@ -159,7 +159,7 @@ def test_cell(task, family, data, backbones, tmp_path):
 def test_learning_rates_are_chosen_on_the_few_labels_alone(data, backbones, tmp_path, monkeypatch):
     """Both inits, every count, the whole grid; seed 0; never a test example."""
     asked = []
-    monkeypatch.setattr(curve.Curve, "_loss", lambda self, model, items: asked.append(items) or len(asked) % 3)
+    monkeypatch.setattr(curve.Curve, "_loss", lambda self, model, trainer, items: asked.append(items) or len(asked) % 3)
     fields = {"labels": [8, 20], "learning_rates": [1e-4, 1e-3, 1e-2], "scratch_labels": [40], "seeds": 1}
     metrics = finetune(FinetuneRecipe.of(sections("sentiment", backbones["decoder"], data, tmp_path / "out", **fields)), quiet=True)
     assert {(t["labels"], t["init"]) for t in metrics["tuning"]} == {(8, "scratch"), (8, "pretrained"), (20, "scratch"), (20, "pretrained"), (40, "scratch")}

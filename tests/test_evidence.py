@@ -109,9 +109,9 @@ def test_a_learning_rate_is_judged_by_examples_that_it_did_not_train_on(recipe, 
         trained.append({id(item) for shot in few[: run.labels] for item in shot.items})
         return train(self, run, few, rate, *rest)
 
-    def spied_loss(self, model, items):
+    def spied_loss(self, model, trainer, items):
         held.append((trained[-1], {id(item) for item in items}))
-        value, batch = loss(self, model, items), self.collate(list(items))
+        value, batch = loss(self, model, trainer, items), self.collate(list(items))
         labels = batch.pop("labels")
         with torch.no_grad():
             assert value == pytest.approx(functional.cross_entropy(model.eval()(**batch).logits, labels).item(), rel=1e-4)
@@ -219,7 +219,7 @@ def test_scoring_that_does_not_fit_into_memory_is_one_line(recipe, monkeypatch):
 
 def test_a_rate_whose_validation_loss_is_not_finite_loses(recipe, monkeypatch):
     losses = iter([math.nan, 0.5] * 4)
-    monkeypatch.setattr(curve.Curve, "_loss", lambda self, model, items: next(losses))
+    monkeypatch.setattr(curve.Curve, "_loss", lambda self, model, trainer, items: next(losses))
     metrics = finetune(recipe(labels=[8], learning_rates=[1e-4, 1e-3], seeds=1), quiet=True)
     assert {r["learning_rate"] for r in metrics["results"]} == {1e-3}
 

@@ -90,7 +90,7 @@ def test_a_signal_in_any_run(step, sections, whole, tmp_path, monkeypatch):
 def test_a_kill_between_checkpoints(sections, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         original = Curve._scored
-        patch.setattr(Curve, "_scored", lambda self, model, run: (_ for _ in ()).throw(KeyboardInterrupt) if run.seed else original(self, model, run))
+        patch.setattr(Curve, "_scored", lambda self, *of: (_ for _ in ()).throw(KeyboardInterrupt) if of[-1].seed else original(self, *of))
         with pytest.raises(KeyboardInterrupt):
             finetune(FinetuneRecipe.of(sections(tmp_path)), quiet=True)
     assert scores(finetune(FinetuneRecipe.of(sections(tmp_path)), resume=True, quiet=True)) == scores(whole[0])
@@ -98,7 +98,7 @@ def test_a_kill_between_checkpoints(sections, whole, tmp_path, monkeypatch):
 
 def test_what_is_trained_is_kept_until_its_score_is(sections, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(Curve, "_scored", lambda self, model, run: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Curve, "_scored", lambda *of: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             finetune(FinetuneRecipe.of(sections(tmp_path, save_steps=2)), quiet=True)
     assert list(tmp_path.glob("checkpoints/8-scratch-0-*/checkpoint-*")), "set up"

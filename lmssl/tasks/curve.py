@@ -220,9 +220,9 @@ class Curve:
     def _result(self, run: Run) -> dict[str, Any]:
         """The result of a run, trained, scored and in the ledger."""
         rate, ledger = self._rate(run), self.ledger
-        model, steps = self._trained(run, self._few(run.seed), rate)
-        scores = self._scored(model, run)
-        result = {**vars(run), "steps": steps, "learning_rate": rate, "score": scores[self.task.metric], **scores}
+        model, trainer = self._trained(run, self._few(run.seed), rate)
+        scores = self._scored(model, trainer, run)
+        result = {**vars(run), "steps": trainer.args.max_steps, "learning_rate": rate, "score": scores[self.task.metric], **scores}
         if (run.seed, run.labels, run.init) == (0, max(self.task.labels), "pretrained"):
             self.saved = True
             if self.first:
@@ -291,10 +291,9 @@ class Curve:
         items = sum(len(shot.items) for shot in self._few(run.seed)[: run.labels]) if "num_train_epochs" in values else run.labels
         return arguments.with_steps(values, items)
 
-    def sample(self, callback: TrainerCallback, init: str) -> PreTrainedModel:
-        """The largest run of an init, which `callback` may watch and end; its model."""
-        run = Run(max(self.task.labels), init, 0)
-        return self._trained(run, self._few(0), self.args.learning_rate, "-sample", [callback])[0]
+    def sample(self, callback: TrainerCallback, init: str) -> tuple[PreTrainedModel, ExactTrainer]:
+        """The largest run of an init, which `callback` may watch and end; its model, and what trained it."""
+        return self._trained(Run(max(self.task.labels), init, 0), self._few(0), self.args.learning_rate, "-sample", [callback])
 
     def _seconds(self) -> float:
         return round(time.time() - self.begun, 1)
@@ -329,9 +328,9 @@ class Curve:
             few = self._few(0)[: run.labels]
             train, held = ([few[i] for i in places] for places in split_validation([shot.label for shot in few], self.task.validation))
             try:
-                model, _ = self._trained(one, train, rate, "-tuning")
-                with fitting("the validation set", FEWER, self.trainer.stopped):
-                    loss = self._loss(model, [item for shot in held for item in shot.items])
+                model, trainer = self._trained(one, train, rate, "-tuning")
+                with fitting("the validation set", FEWER, trainer.stopped):
+                    loss = self._loss(model, trainer, [item for shot in held for item in shot.items])
                 loss = loss if math.isfinite(loss) else math.inf
             except Diverged as error:
                 log.warning("%d labels, %s, learning rate %g: %s", run.labels, run.init, rate, error)
@@ -341,8 +340,8 @@ class Curve:
             self._forget(one, rate, "-tuning")
         return loss
 
-    def _trained(self, run: Run, few: list[Shot], rate: float, kind: str = "", callbacks: Sequence[TrainerCallback] = ()) -> tuple[PreTrainedModel, int]:
-        """A model fine-tuned on the items of the first few examples, and its optimizer steps; from its checkpoint, where one lies."""
+    def _trained(self, run: Run, few: list[Shot], rate: float, kind: str = "", callbacks: Sequence[TrainerCallback] = ()) -> tuple[PreTrainedModel, ExactTrainer]:
+        """A model fine-tuned on the items of the first few examples, and what trained it; from its checkpoint, where one lies."""
         pretrained = run.init == "pretrained"
         model = self.task.model(self.backbone, pretrained, run.seed)
         method = self.task.method if pretrained else "full"
@@ -358,21 +357,21 @@ class Curve:
             args.save_strategy = "no"
         pairs = [(item, shot.where) for shot in few[: run.labels] for item in shot.items]
         stream = Few([i for i, _ in pairs], [w for _, w in pairs], mix(run.seed, 1) >> 1, args.max_steps * arguments.global_batch(values))
-        self.trainer = ExactTrainer(model, args, stream, self.collate, identity={"steps": args.max_steps, "curve": self.ledger.digest}, quiet=True, **arguments.own(values))
+        trainer = ExactTrainer(model, args, stream, self.collate, identity={"steps": args.max_steps, "curve": self.ledger.digest}, quiet=True, **arguments.own(values))
         for callback in callbacks:
-            self.trainer.add_callback(callback)
+            trainer.add_callback(callback)
         point, damaged = None, False
         try:
-            point = self.trainer.resume_point() if checkpoints.all_of(folder) else None
+            point = trainer.resume_point() if checkpoints.all_of(folder) else None
         except UserError as error:
             log.warning("%s; this run begins anew", str(error).partition("; --overwrite")[0])
             damaged = True
-        self.trainer.accelerator.wait_for_everyone()  # no rank looks any more
+        trainer.accelerator.wait_for_everyone()  # no rank looks any more
         if damaged and self.first:
             shutil.rmtree(folder)
-        self.trainer.accelerator.wait_for_everyone()  # nor begins where those still lie
-        self.trainer.run(point)
-        return adapters.merge(model, method), args.max_steps
+        trainer.accelerator.wait_for_everyone()  # nor begins where those still lie
+        trainer.run(point)
+        return adapters.merge(model, method), trainer
 
     def _folder(self, run: Run, rate: float, kind: str = "") -> Path:
         """Where the checkpoints of a run lie until its result is in the ledger."""
@@ -392,21 +391,21 @@ class Curve:
             shutil.rmtree(self._folder(run, rate, kind), ignore_errors=True)
 
     @torch.no_grad()
-    def _loss(self, model: PreTrainedModel, items: list[Item]) -> float:
+    def _loss(self, model: PreTrainedModel, trainer: ExactTrainer, items: list[Item]) -> float:
         """Mean loss a label over items."""
         model.eval()
         total = count = 0.0
         for members in batched(items, self.args.per_device_eval_batch_size):
             tensors = {k: v.to(self.args.device) for k, v in self.collate(list(members)).items()}
             labels = tensors.pop("labels")
-            with self.trainer.compute_loss_context_manager():
+            with trainer.compute_loss_context_manager():
                 total += token_loss(model(**tensors), labels, 1.0).item()
             count += (labels != IGNORE).sum().item()
         return total / max(count, 1)
 
-    def _scored(self, model: PreTrainedModel, run: Run) -> dict[str, Any]:
+    def _scored(self, model: PreTrainedModel, trainer: ExactTrainer, run: Run) -> dict[str, Any]:
         try:
-            with fitting("the test set", FEWER, self.trainer.stopped), self.trainer.compute_loss_context_manager():
+            with fitting("the test set", FEWER, trainer.stopped), trainer.compute_loss_context_manager():
                 scores, outputs = self.task.evaluate(model, self.backbone, self.test, self.args.per_device_eval_batch_size, compiled=self.args.torch_compile)
         except (UserError, Stopped):
             raise
