@@ -237,7 +237,7 @@ def check_code(section: Mapping[str, Any], choices: Mapping[str, Any], where: st
         overrides: `section.key=value`, of the caller.
     """
     name = section.get("name")
-    if not isinstance(name, str) or name in choices or f"{where}.name={name}" in overrides:
+    if not isinstance(name, str) or ":" not in name or name in choices or f"{where}.name={name}" in overrides:
         return
     if name.partition(":")[0] not in sys.modules:  # what is imported already runs nothing now
         raise UserError(f"{checkpoint}: its recipe.yaml asks for code outside of lmssl, '{name}'; if you trust it: {where}.name={name}")
