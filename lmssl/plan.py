@@ -334,8 +334,7 @@ def plan(wanted: PretrainRecipe, minutes: float) -> tuple[list[Rung], Rung, dict
     length = wanted.data.seq_length
     budget = 6 * best.inner * best.tokens
     rows = max(8, 2 ** round(math.log2(batch_tokens(budget) / length)))
-    asked = wanted.trainer.get("per_device_train_batch_size")
-    micro = min(rows, 64 if asked is None else arguments.resolve(wanted.trainer, arguments.pretrain_defaults())["per_device_train_batch_size"])
+    micro = min(rows, int(wanted.trainer.get("per_device_train_batch_size") or 64))  # the ladder has refused what is no number
     rows -= rows % micro
     trainer = {k: v for k, v in wanted.trainer.items() if k not in ("max_steps", "num_train_epochs", "gradient_accumulation_steps")}
     # As many steps as the run will have, near enough, since they decide whether it compiles; `cost` takes the first few.

@@ -218,7 +218,8 @@ def check_items(stream: Stream, family: Family | None = None) -> None:
         bounds, most = objective.lengths(length), objective.most_labels(length)
         if not all(isinstance(bounds.get(kind), tuple | list) and bounds[kind] for kind in ("input_ids", "labels")):
             raise UserError(f"{name}: lengths must give a tuple for input_ids and one for labels, not {bounds!r}")
-        if lacking := [member for member in MEMBERS if not hasattr(objective.held_out(), member)]:
+        held = objective.held_out()
+        if lacking := [member for member in MEMBERS if not hasattr(held, member)]:
             raise UserError(f"{name}: held_out must give an objective ({lacking[0]} is missing)")
         numbers = range(min(LOOK, len(stream)))
         items, again = ([objective(stream.row(i), stream.vocab, generator(stream.seed, i)) for i in numbers] for _ in range(2))

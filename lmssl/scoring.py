@@ -41,7 +41,9 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     tokenizer = tokenization.load(checkpoint)
     fallback = {"decoder": "next_token", "encoder": "masked", "encoder-decoder": "span_corruption" if tokenizer.sentinels else "infilling"}[family]
     own_text = not any(o.startswith("data.text=") for o in overrides)
-    sections = _sections(folder, overrides, fallback, min(models.max_length(checkpoint_config) or 128, LONGEST), own_text)
+    own = config.of_folder(folder)
+    config.check_code(own.get("objective", {}), OBJECTIVES, "objective", checkpoint, overrides)
+    sections = _sections(own, overrides, fallback, min(models.max_length(checkpoint_config) or 128, LONGEST), own_text)
     data = config.build(DataSection, sections["data"] | {"tokenizer": checkpoint}, "data")
     objective = make(sections["objective"]).held_out()
     models.check_family(checkpoint_config, objective, sections["objective"]["name"])
@@ -64,7 +66,7 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     if not math.isfinite(values["loss"]):
         raise UserError(f"{checkpoint}: its loss is not finite; its weights are broken")
     found = {name: values[name] for name in ("loss", "bits_per_byte")}
-    trusted = f"objective.name={config.of_folder(folder).get('objective', {}).get('name')}"  # says nothing that the recipe does not
+    trusted = f"objective.name={own.get('objective', {}).get('name')}"  # says nothing that the recipe does not
     asked = [o for o in overrides if o.startswith(("data.", "objective.")) and o != trusted]
     if asked:
         _note(folder, "evaluated", {" ".join(asked): found})
@@ -73,10 +75,8 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     return found
 
 
-def _sections(folder: Path, overrides: typing.Sequence[str], objective: str, length: int, own_text: bool) -> dict[str, dict[str, Any]]:
+def _sections(own: dict[str, Any], overrides: typing.Sequence[str], objective: str, length: int, own_text: bool) -> dict[str, dict[str, Any]]:
     """The recipe of a checkpoint, or where it has none a name and a length, with overrides; refused where it would measure what was trained on."""
-    own = config.of_folder(folder)
-    config.check_code(own.get("objective", {}), OBJECTIVES, "objective", str(folder), overrides)
     sections: dict[str, dict[str, Any]] = {"data": {"seq_length": length}, "objective": {"name": objective}, "model": {}, "trainer": {}}
     sections |= own
     given = config.apply_overrides({"trainer": {}}, [o for o in overrides if o.startswith("trainer.")], ("trainer",))

@@ -65,10 +65,10 @@ class _Counted(io.FileIO):
         self._report = on_bytes
 
     def readinto(self, buffer: Any) -> int:
-        count = super().readinto(buffer)
-        if self._report and count:
-            self._report(count)
-        return count
+        size = super().readinto(buffer)
+        if self._report and size:
+            self._report(size)
+        return size
 
 
 def opened(path: str, on_bytes: Callable[[int], None] | None) -> IO[bytes]:

@@ -237,11 +237,11 @@ def _nothing_to_train_on(sources: list[dict[str, Any]], held_back: int, leaks: i
     if leaks:
         way_out = "and none is left to train on (smaller documents: FILE::paragraph)"
         return UserError(f"data.decontaminate: {leaks:,} documents share {contamination.GRAM} words in a row with the tests, {way_out}")
-    names, why = ", ".join(s["path"] for s in sources[:3]), "the only one is held out" if held_back == 1 else f"all {held_back:,} are held out"
-    way_out = f": {why} (a smaller data.held_out; a .txt file as several documents: FILE::paragraph)" if held_back else "; is the text empty?"
+    why = "the only one is held out" if held_back == 1 else f"all {held_back:,} are held out"
     if not sources:  # of a Python iterable
         return UserError(f"texts: no document to train on{f': {why} (a smaller held_out)' if held_back else ''}")
-    return UserError(f"data.text: {names}: no document to train on{way_out}")
+    way_out = f": {why} (a smaller data.held_out; a .txt file as several documents: FILE::paragraph)" if held_back else "; is the text empty?"
+    return UserError(f"data.text: {', '.join(s['path'] for s in sources[:3])}: no document to train on{way_out}")
 
 
 def _is_token_set(folder: Path) -> bool:
