@@ -158,7 +158,7 @@ def spans(ids: list[int], sentinels: Sequence[int], eos: int, rng: Any, rate: fl
 def stock(
     turns: Any, kind: str, shape: str, folder: str, length: int, rows: int, steps: int, *,
     rate: float = 1e-3, seed: int = 0, keep: str | None = None, source: str = REVIEWS, most: int | None = 4000, held_out: float = 0.0, callbacks: Sequence[Any] | None = None,
-    best_on_cpu: bool = False,
+    best_on_cpu: bool = False, pieces: int = 1,
 ) -> None:  # fmt: skip
     """The stock side: trains, with `turns` watching.
 
@@ -168,6 +168,7 @@ def stock(
         held_out: fraction of the documents, by content hash, that it must not see.
         callbacks: of the Trainer; unset: `turns` itself.
         best_on_cpu: bfloat16 and compilation there too, which a script does not have unless it asks for them.
+        pieces: that a step's rows are taken in, their gradients added up; 1: a step is one forward and backward pass, as in a script that does not ask for more.
     """
     import torch
     import transformers
@@ -186,7 +187,7 @@ def stock(
     if gpu:
         turns.facts["flops"] = _flops(model.cuda(), kind, data, tokenizer) * rows
     if kind == "span_corruption":
-        _t5_loop(turns, model, Spans(data, tokenizer, steps * rows, seed), rows, steps, rate, gpu, 4 if gpu else 0)
+        _t5_loop(turns, model, Spans(data, tokenizer, steps * rows, seed), rows, steps, rate, gpu, 4 if gpu else 0, pieces)
     else:
         # On a GPU with the flags that a user of transformers would find for it.
         flags = {
@@ -203,7 +204,8 @@ def stock(
         if not gpu:
             flags = {"use_cpu": True, **({"bf16": True, "torch_compile": True} if best_on_cpu else {})}
         args = transformers.TrainingArguments(
-            str(Path(folder).parent / f"stock-{kind}"), max_steps=steps, per_device_train_batch_size=rows, learning_rate=rate, seed=seed, lr_scheduler_type="linear",
+            str(Path(folder).parent / f"stock-{kind}"), max_steps=steps, per_device_train_batch_size=rows // pieces, gradient_accumulation_steps=pieces,
+            learning_rate=rate, seed=seed, lr_scheduler_type="linear",
             warmup_steps=steps // 20,
             weight_decay=0.01, logging_steps=max(1, steps // 20), save_strategy="no", report_to="none", disable_tqdm=True, **flags,
         )  # fmt: skip
@@ -262,7 +264,7 @@ class Spans:
         return [torch.nn.utils.rnn.pad_sequence([torch.tensor(p[k]) for p in pairs], True, fill) for k, fill in ((0, self.tokenizer.pad_token_id), (1, -100))]
 
 
-def _t5_loop(turns: Any, model: Any, rows: Spans, batch_size: int, steps: int, rate: float, gpu: bool, workers: int) -> None:
+def _t5_loop(turns: Any, model: Any, rows: Spans, batch_size: int, steps: int, rate: float, gpu: bool, workers: int, pieces: int) -> None:
     """Span corruption as a script would do it: a row at a time in numpy, padded to the longest, one AdamW; on a GPU compiled, in bfloat16, with workers."""
     import torch
     import transformers
@@ -271,19 +273,20 @@ def _t5_loop(turns: Any, model: Any, rows: Spans, batch_size: int, steps: int, r
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
     model.train()
     forward = torch.compile(model) if gpu else model
-    for batch in torch.utils.data.DataLoader(rows, batch_size, collate_fn=rows.batch, num_workers=workers, pin_memory=gpu):
-        if turns.begin():
+    for number, batch in enumerate(torch.utils.data.DataLoader(rows, batch_size // pieces, collate_fn=rows.batch, num_workers=workers, pin_memory=gpu)):
+        if number % pieces == 0 and turns.begin():
             return
         if gpu:
             batch = [b.cuda(non_blocking=True) for b in batch]
         with torch.autocast("cuda", torch.bfloat16) if gpu else contextlib.nullcontext():
             loss = forward(input_ids=batch[0], attention_mask=(batch[0] != rows.tokenizer.pad_token_id).long(), labels=batch[1]).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        turns.end()
+        (loss / pieces).backward()
+        if (number + 1) % pieces == 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            turns.end()
 
 
 def ours(

@@ -35,12 +35,12 @@ SIZES = {"base": {"next_token": (16, 1024), "masked": (32, 512), "span_corruptio
 """Rows and tokens of a row, where they are not the options'."""
 
 
-def begin(kind: str, work: Callable[..., None], shape: str, rows: int, length: int, source: str, tokens: Path, best: bool) -> Side:
+def begin(kind: str, work: Callable[..., None], shape: str, rows: int, length: int, source: str, tokens: Path, best: bool, pieces: int) -> Side:
     """A side, warm."""
     if work is ours:
         side = Side(ours, kind, shape, str(tokens), length, rows, 10**6, ADAMW | ({"batch": "given"} if shape in SIZES else {}))
     else:
-        side = Side(stock, kind, shape, str(tokens), length, rows, 10**6, source=source, most=12_000 if shape in SIZES else 4000, best_on_cpu=best)
+        side = Side(stock, kind, shape, str(tokens), length, rows, 10**6, source=source, most=12_000 if shape in SIZES else 4000, best_on_cpu=best, pieces=pieces)
     side.seconds(3)
     return side
 
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, help="of a turn; 3, of the base shapes 30")
     parser.add_argument("--best-stock", action="store_true", help="on a CPU, the Trainer with bf16 and torch_compile")
+    parser.add_argument("--stock-pieces", type=int, default=1, help="that stock takes a step's rows in, its gradients added up; lmssl's are chosen by batch: auto")
     parser.add_argument("--text", default=REVIEWS, help="as a recipe's data.text")
     options = parser.parse_args()
     sizes = SIZES.get(options.shape, {})
@@ -98,7 +99,9 @@ def main() -> None:
         from_iterable(texts(options.text, 4000), load_tokenizer(TOKENIZER), tokens, 0.02)
         for kinds in batched(options.kinds, at_once):
             jobs = [
-                (kind, work, options.shape, *sizes.get(kind, (options.rows, options.length)), options.text, tokens, options.best_stock) for kind in kinds for work in (ours, stock)
+                (kind, work, options.shape, *sizes.get(kind, (options.rows, options.length)), options.text, tokens, options.best_stock, options.stock_pieces)
+                for kind in kinds
+                for work in (ours, stock)
             ]
             with ThreadPoolExecutor(len(jobs) if sizes else 1) as pool:
                 sides = list(pool.map(attempt, jobs))
@@ -107,7 +110,9 @@ def main() -> None:
             try:
                 for kind, pair in zip(kinds, batched(sides, 2), strict=True):
                     if all(pair):
-                        name = f"throughput {kind} {options.shape}{', stock with bf16 and compilation' if options.best_stock else ''}"
+                        name = f"throughput {kind} {options.shape}"
+                        name += ", stock with bf16 and compilation" if options.best_stock else ""
+                        name += f", stock in {options.stock_pieces} pieces" if options.stock_pieces > 1 else ""
                         measure(name, options.pairs, options.steps or (30 if sizes and torch.cuda.is_available() else 3), pair, peak)
             finally:
                 for side in filter(None, sides):
