@@ -12,7 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lmssl import cards, checkpoints, config, ranks
-from lmssl.data.tokens import cache_folder, content_hash
+from lmssl.data.preparation import cache_folder
+from lmssl.data.tokens import content_hash
 from lmssl.errors import UserError
 
 log = logging.getLogger("lmssl")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmssl import config, tokenization
-from lmssl.data import tokens
+from lmssl.data import preparation
 from lmssl.data.tokens import TokenSet
 from lmssl.errors import UserError
 from lmssl.objectives import make
@@ -122,7 +122,7 @@ def _check_same_ids(tokenizer: Tokenizer, checkpoint: str) -> None:
 
 def prepared(data: DataSection, tokenizer: Tokenizer, quiet: bool = False) -> TokenSet:
     """The token set of a `data` section, made or found."""
-    return tokens.prepare(data.text, tokenizer, data.held_out, data.decontaminate, on_bad_record=data.on_bad_record, quiet=quiet)
+    return preparation.prepare(data.text, tokenizer, data.held_out, data.decontaminate, on_bad_record=data.on_bad_record, quiet=quiet)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lmssl import config, folders, output, tokenization
-from lmssl.data import tokens
+from lmssl.data import preparation
 from lmssl.data.stream import Stream
 from lmssl.errors import UserError, fitting
 from lmssl.history import has_changed
@@ -49,7 +49,7 @@ def evaluate(checkpoint: str, overrides: typing.Sequence[str]) -> dict[str, Any]
     models.check_family(checkpoint_config, objective, sections["objective"]["name"])
     tokenizer.check(objective, sections["objective"]["name"])
     batch = _batch(sections["trainer"])
-    token_set = prepared(data, tokenizer).held_out() if own_text else tokens.prepare(data.text, tokenizer, 0.0, on_bad_record=data.on_bad_record)
+    token_set = prepared(data, tokenizer).held_out() if own_text else preparation.prepare(data.text, tokenizer, 0.0, on_bad_record=data.on_bad_record)
     if own_text and has_changed(checkpoint, token_set):
         raise UserError(f"data.text: the text of {checkpoint} has changed since; what is held out of it now may have been trained on (other text: data.text=PATH)")
     start = models.decoder_start(checkpoint_config)

@@ -56,7 +56,7 @@ FLOORS = {
 }
 WITHIN = [
     ["objectives.base", "objectives.cross_entropy"],
-    ["data.verses", "data.formats", "data.corpus", "data.contamination", "data.tokens", "data.stream"],
+    ["data.verses", "data.formats", "data.corpus", "data.contamination", "data.tokens", "data.preparation", "data.stream"],
     ["tasks.adapters", "tasks.base", "tasks.generation", "tasks.squad", "tasks.baseline", "tasks.ledger", "tasks.curve"],
     ["tasks.base", "tasks.generation", "tasks.squad", "tasks.qa"],
     ["tasks.base", "tasks.sentiment"],

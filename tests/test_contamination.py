@@ -11,7 +11,7 @@ import pytest
 import lmssl
 from lmssl import tokenization
 from lmssl.cli import run
-from lmssl.data import contamination, tokens
+from lmssl.data import contamination, preparation
 from lmssl.data.contamination import GRAM, Grams
 from lmssl.errors import UserError
 from lmssl.history import leak_check
@@ -102,12 +102,12 @@ def test_where_every_document_leaks_it_says_so(tmp_path):
     (tmp_path / "text.txt").write_text("".join(f"{text} {n}\n" for n in range(9)))
     (tmp_path / "tests.txt").write_text(text + "\n")
     with pytest.raises(UserError, match=r"data.decontaminate: 8 documents share 13 words in a row with the tests, and none is left to train on"):
-        tokens.prepare(str(tmp_path / "text.txt"), tokenizer(), 1e-9, str(tmp_path / "tests.txt"))
+        preparation.prepare(str(tmp_path / "text.txt"), tokenizer(), 1e-9, str(tmp_path / "tests.txt"))
 
 
 def test_text_cleaned_by_an_older_rule_is_prepared_again(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("\n".join(sentences(30)))
-    prepared = lambda: tokens.prepare(str(tmp_path / "text.txt"), tokenizer(), 0.1, True).folder  # noqa: E731
+    prepared = lambda: preparation.prepare(str(tmp_path / "text.txt"), tokenizer(), 0.1, True).folder  # noqa: E731
     before = prepared()
     assert prepared() == before
     monkeypatch.setattr(contamination, "RULE", 0)
@@ -118,7 +118,7 @@ def test_a_test_that_cannot_be_read_is_never_skipped(tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(sentences(30)))
     (tmp_path / "tests.jsonl").write_text('{"text": "a film"}\noops\n')
     with pytest.raises(UserError, match=r"tests.jsonl:2: not valid JSON"):
-        tokens.prepare(str(tmp_path / "text.txt"), tokenizer(), 0.1, str(tmp_path / "tests.jsonl"), on_bad_record="skip")
+        preparation.prepare(str(tmp_path / "text.txt"), tokenizer(), 0.1, str(tmp_path / "tests.jsonl"), on_bad_record="skip")
 
 
 def test_preparation_drops_the_offenders(tmp_path):
@@ -127,16 +127,16 @@ def test_preparation_drops_the_offenders(tmp_path):
     leaks = [f"{own[k]} {' '.join(words(5, 1000 + k))}" for k in range(10)]
     (tmp_path / "train.txt").write_text("\n".join([*own[10:], *leaks]))
     (tmp_path / "test.txt").write_text("\n".join(own[:10]))
-    made = tokens.prepare(str(tmp_path / "train.txt"), tokenizer(), 0.1, str(tmp_path / "test.txt"), quiet=True)
+    made = preparation.prepare(str(tmp_path / "train.txt"), tokenizer(), 0.1, str(tmp_path / "test.txt"), quiet=True)
     assert made.manifest["decontaminated"] + made.manifest["held_out"]["documents"] >= 10
     assert contamination.leaked(own[:10], made.texts()) == []
     (tmp_path / "other.txt").write_text("\n".join(own[20:30]))
-    other = tokens.prepare(str(tmp_path / "train.txt"), tokenizer(), 0.1, str(tmp_path / "other.txt"), quiet=True)
+    other = preparation.prepare(str(tmp_path / "train.txt"), tokenizer(), 0.1, str(tmp_path / "other.txt"), quiet=True)
     assert contamination.leaked(own[20:30], other.texts()) == [], "other tests are looked for anew"
-    plain = tokens.prepare(str(tmp_path / "train.txt"), tokenizer(), 0.1, quiet=True)
+    plain = preparation.prepare(str(tmp_path / "train.txt"), tokenizer(), 0.1, quiet=True)
     assert contamination.leaked(own[:10], plain.texts())
     (tmp_path / "both.txt").write_text("\n".join([*own, *(f"again {text}" for text in own)]))
-    made = tokens.prepare(str(tmp_path / "both.txt"), tokenizer(), 0.3, True, quiet=True)
+    made = preparation.prepare(str(tmp_path / "both.txt"), tokenizer(), 0.3, True, quiet=True)
     assert made.manifest["decontaminated"]
     assert contamination.leaked(made.held_out().texts(), made.texts()) == []
 
@@ -146,10 +146,10 @@ def test_the_documents_that_are_held_out_are_those_that_nothing_may_overlap(tmp_
     own = [" ".join(words(30, k)) for k in range(20)]
     (tmp_path / "held.txt").write_text("\n".join(own[:3]))
     (tmp_path / "text.txt").write_text("\n".join([*own[3:], *(f"again {text}" for text in own[:3])]))
-    made = tokens.prepare(str(tmp_path / "text.txt"), tokenizer(), str(tmp_path / "held.txt"), True, quiet=True)
+    made = preparation.prepare(str(tmp_path / "text.txt"), tokenizer(), str(tmp_path / "held.txt"), True, quiet=True)
     assert (made.manifest["decontaminated"], made.manifest["train"]["documents"]) == (3, 17)
     (tmp_path / "few.txt").write_text("\n".join([*own[:5], *(f"again {text}" for text in own[:5])]))
-    made = tokens.prepare(str(tmp_path / "few.txt"), tokenizer(), 1e-9, True, quiet=True)
+    made = preparation.prepare(str(tmp_path / "few.txt"), tokenizer(), 1e-9, True, quiet=True)
     assert [made.manifest[name] for name in ("decontaminated", "duplicates")] == [1, 0]
     assert (made.manifest["held_out"]["documents"], made.manifest["train"]["documents"]) == (1, 8)
     assert contamination.leaked(made.held_out().texts(), made.texts()) == []
@@ -157,7 +157,7 @@ def test_the_documents_that_are_held_out_are_those_that_nothing_may_overlap(tmp_
 
 def test_documents_come_back_as_text(tmp_path):
     texts = sentences(700, seed=6)
-    made = tokens.from_iterable(texts, tokenizer(), tmp_path / "t", 0.0)
+    made = preparation.from_iterable(texts, tokenizer(), tmp_path / "t", 0.0)
     assert list(made.texts()) == list(dict.fromkeys(texts))
 
 
@@ -175,7 +175,7 @@ def test_the_check_of_a_result(tmp_path, capsys):
     recipe.write_text(json.dumps(sections))
     assert run(["pretrain", str(recipe)]) == 0, capsys.readouterr().err
     found = leak_check(str(tmp_path / "run"), [Example(text, "", f"t:{k}") for k, text in enumerate([*rows, *sentences(5)])])
-    held = tokens.prepare(str(tmp_path / "text.txt"), tokenization.load("tokenizer_assets/bpe-8k"), 0.2, quiet=True).manifest["held_out"]["documents"]
+    held = preparation.prepare(str(tmp_path / "text.txt"), tokenization.load("tokenizer_assets/bpe-8k"), 0.2, quiet=True).manifest["held_out"]["documents"]
     assert found["checked"]
     assert found["leaked"] == 80 - held
     (tmp_path / "text.txt").unlink()
@@ -196,7 +196,7 @@ def test_a_backbone_that_drops_case_hides_no_leak(tmp_path):
     }
     pretrain(PretrainRecipe.of(sections), quiet=True)
     found = leak_check(str(tmp_path / "run"), [Example(text.upper(), "", f"t:{k}") for k, text in enumerate(texts)])
-    held = tokens.prepare(str(tmp_path / "text.txt"), lower, 0.2, quiet=True).manifest["held_out"]["documents"]
+    held = preparation.prepare(str(tmp_path / "text.txt"), lower, 0.2, quiet=True).manifest["held_out"]["documents"]
     assert found["leaked"] == 40 - held > 0
 
 
@@ -211,7 +211,7 @@ def test_a_tokenizer_that_drops_case_and_accents_hides_no_leak():
 def test_a_bad_path_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(UserError, match=r"data\.decontaminate: no such file"):
-        tokens.prepare(str(tmp_path), tokenizer(), 0.1, str(tmp_path / "x.txt"))
+        preparation.prepare(str(tmp_path), tokenizer(), 0.1, str(tmp_path / "x.txt"))
 
 
 def test_texts_too_short_to_be_looked_for_are_counted(corpus_file, tmp_path):

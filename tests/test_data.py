@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import lmssl
-from lmssl.data import corpus, formats, tokens
+from lmssl.data import corpus, formats, preparation, tokens
 from lmssl.data.stream import Stream, borders, generator, permuted
 from lmssl.errors import UserError
 from lmssl.objectives import MaskedTokens, NextToken
@@ -103,14 +103,14 @@ def test_a_changed_byte_in_a_cache_is_noticed(tmp_path, monkeypatch, caplog):
     """As disks make them: the file is as long as before, and reads."""
     monkeypatch.setenv("LMSSL_CACHE", str(tmp_path / "cache"))
     (tmp_path / "x.txt").write_text("\n".join(sentences(30)))
-    made = tokens.prepare(str(tmp_path / "x.txt"), tokenizer(), 0.1)
+    made = preparation.prepare(str(tmp_path / "x.txt"), tokenizer(), 0.1)
     path = made.folder / "train" / tokens.DATA
     whole = path.read_bytes()
     ids = made.row(0, 16, 0).ids.astype("<u2").tobytes()
     assert ids in whole
     path.unlink()
     path.write_bytes(whole.replace(ids, bytes([ids[0], ids[1], ids[2] ^ 1]) + ids[3:]))
-    again = tokens.prepare(str(tmp_path / "x.txt"), tokenizer(), 0.1)
+    again = preparation.prepare(str(tmp_path / "x.txt"), tokenizer(), 0.1)
     assert "train is not what was written; it is prepared again" in caplog.text
     assert (again.folder / "train" / tokens.DATA).read_bytes() == whole
 
@@ -134,13 +134,13 @@ def test_a_folder_of_somebody_s_is_not_replaced(tmp_path):
 def test_a_damaged_cache_is_made_anew(damaged, tmp_path, monkeypatch):
     monkeypatch.setenv("LMSSL_CACHE", str(tmp_path / "cache"))
     (tmp_path / "x.txt").write_text("\n".join(sentences(30)))
-    made = tokens.prepare(str(tmp_path / "x.txt"), tokenizer(), 0.1)
+    made = preparation.prepare(str(tmp_path / "x.txt"), tokenizer(), 0.1)
     whole = (made.folder / damaged).read_bytes()
     (made.folder / damaged).unlink()
     (made.folder / damaged).write_bytes(whole[: len(whole) // 2])  # by another inode: the first one is still mapped
     killed = made.folder.with_name(f"{made.folder.name}.part-1")
     killed.mkdir()
-    again = tokens.prepare(str(tmp_path / "x.txt"), tokenizer(), 0.1)
+    again = preparation.prepare(str(tmp_path / "x.txt"), tokenizer(), 0.1)
     assert again.tokenizer.hash == tokenizer().hash
     assert [again.tokens, again.held_out().tokens] == [made.tokens, made.manifest["held_out"]["tokens"]]
     assert not killed.exists()
@@ -215,7 +215,7 @@ def test_bad_input_is_one_line_with_file_and_line(tmp_path, name):
     content, message = BAD[name]
     (tmp_path / name.partition("::")[0]).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        tokens.write((text for text, _ in corpus.documents(corpus.resolve(str(tmp_path / name)))), tokenizer(), tmp_path / "out", 0.5 if "::" in name else 0.0)
+        preparation.write((text for text, _ in corpus.documents(corpus.resolve(str(tmp_path / name)))), tokenizer(), tmp_path / "out", 0.5 if "::" in name else 0.0)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists(), "nothing half-made is left"
 
@@ -259,7 +259,7 @@ def test_a_bad_text_that_is_one_record_is_skipped_too(tmp_path):
     assert bad.count == 1
     (tmp_path / "a.txt").unlink()
     with pytest.raises(UserError, match=r"1 bad records, and no other document to train on: .*b.txt:2: not UTF-8"):
-        tokens.prepare(f"{tmp_path}/*.txt::file", tokenizer(), 0.1, on_bad_record="skip")
+        preparation.prepare(f"{tmp_path}/*.txt::file", tokenizer(), 0.1, on_bad_record="skip")
     (tmp_path / "c.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(UserError, match="none of its 1 records can be read"):
         list(corpus.documents(corpus.resolve(f"{tmp_path}/c.jsonl::file"), None, bad))
@@ -282,8 +282,8 @@ def test_a_folder_of_several_splits_is_read_and_said_to_be(tmp_path, caplog):
 def test_skipped_records_stand_in_the_manifest(tmp_path, caplog):
     (tmp_path / "x.jsonl").write_bytes(b"".join(b'{"text": "number %d"}\n' % n for n in range(20)) + b"oops\n")
     with pytest.raises(UserError, match=r"x.jsonl:21: not valid JSON"):
-        tokens.prepare(str(tmp_path / "x.jsonl"), tokenizer(), 0.1)
-    made = tokens.prepare(str(tmp_path / "x.jsonl"), tokenizer(), 0.1, on_bad_record="skip")
+        preparation.prepare(str(tmp_path / "x.jsonl"), tokenizer(), 0.1)
+    made = preparation.prepare(str(tmp_path / "x.jsonl"), tokenizer(), 0.1, on_bad_record="skip")
     assert made.manifest["bad_records"]["skipped"] == 1
     assert "x.jsonl:21: not valid JSON" in made.manifest["bad_records"]["first"][0]
     assert "1 bad records skipped" in caplog.text
@@ -454,7 +454,7 @@ def test_ids_beyond_sixteen_bits(tmp_path):
 
 
 def test_text_that_is_written_in_many_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 500)
     texts = list(dict.fromkeys(sentences(200)))
     made = lmssl.from_iterable(texts, tokenizer(), tmp_path / "tokens", 0.0)
     assert list(made.texts()) == texts
@@ -462,7 +462,7 @@ def test_text_that_is_written_in_many_batches(tmp_path, monkeypatch):
 
 
 def test_duplicates_are_remembered_for_good():
-    seen = tokens._Seen()
+    seen = preparation._Seen()
     assert all(seen.add(value) for value in range(0, 400_000, 2))
     assert not any(seen.add(value) for value in range(0, 400_000, 2))
     assert all(seen.add(value) for value in range(1, 1000, 2))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lmssl import evaluation, evidence, forward, likelihood, machine, plan, report, statistics, tokenization, watch
-from lmssl.data import tokens
+from lmssl.data import preparation
 from lmssl.data.stream import Collator, Stream
 from lmssl.objectives import MaskedTokens
 from lmssl.recipe import FinetuneRecipe, PretrainRecipe
@@ -149,6 +149,6 @@ def test_the_leaks_of_a_result_are_those_of_its_test(tmp_path):
     data = {"train": str(tmp_path / "train.jsonl"), "test": str(tmp_path / "test.jsonl")}
     tuned = {"task": {"name": "sentiment", "labels": [8], "seeds": 1}, "data": data, "model": {"from": str(tmp_path / "run")}}
     found = finetune(FinetuneRecipe.of(tuned | {"trainer": {"output_dir": str(tmp_path / "out"), "max_steps": 1, "bf16": False}}), quiet=True)
-    held = tokens.prepare(str(tmp_path / "text.txt"), tokenization.load("tokenizer_assets/bpe-8k"), 0.1, quiet=True).manifest["held_out"]["documents"]
+    held = preparation.prepare(str(tmp_path / "text.txt"), tokenization.load("tokenizer_assets/bpe-8k"), 0.1, quiet=True).manifest["held_out"]["documents"]
     assert found["leaks"]["leaked"] == 30 - held
     assert found["leaks"]["test_examples"] == found["test_examples"]

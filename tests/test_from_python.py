@@ -65,12 +65,13 @@ def test_a_part_of_an_objective_is_read_as_it_is_written():
         make({"name": f"{__name__}:Mixture", "part": {"rat": 0.3}})
     with pytest.raises(UserError, match=r"objective.part: expected a mapping of the fields of MaskedTokens, got 3"):
         make({"name": f"{__name__}:Mixture", "part": 3})
-    Mixture.needs = frozenset({"pad"})
-    try:
-        with pytest.raises(UserError, match="needs 'pad', and a tokenizer has 'mask' and 'sentinels'"):
-            make({"name": f"{__name__}:Mixture"})
-    finally:
-        del Mixture.needs
+
+
+@pytest.mark.parametrize(("needs", "told"), [(frozenset({"pad", "mask"}), "'pad'"), ({"mask", 3}, "3"), ("mask", "'mask'"), (None, "None")])
+def test_what_an_objective_may_need(needs, told, monkeypatch):
+    monkeypatch.setattr(Mixture, "needs", needs, raising=False)
+    with pytest.raises(UserError, match=f"Mixture' needs {told}; a set of 'mask' and 'sentinels', which a tokenizer may have"):
+        make({"name": f"{__name__}:Mixture"})
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import transformers
 
 import lmssl
 from lmssl import tokenization
-from lmssl.data import tokens
+from lmssl.data import preparation
 from lmssl.errors import UserError
 from lmssl.objectives import MaskedTokens, NextToken, SpanCorruption
 from lmssl.objectives.base import Row
@@ -178,9 +178,9 @@ def test_unknown_text_is_refused_or_warned_of(tmp_path, caplog):
             caplog.clear()
             if said == "error":
                 with pytest.raises(UserError, match=r"data.text: \d+ of \d+ tokens are unknown to the tokenizer .*lmssl tokenizer TEXT"):
-                    tokens.prepare(tmp_path / "x.txt", made, 0.2, quiet=True)
+                    preparation.prepare(tmp_path / "x.txt", made, 0.2, quiet=True)
             else:
-                tokens.prepare(tmp_path / "x.txt", made, 0.2, quiet=True)
+                preparation.prepare(tmp_path / "x.txt", made, 0.2, quiet=True)
             assert ("tokens are unknown to" in caplog.text) == (said == "warning")
     assert tokenizer().unknown() is None
     assert tokenizer("unigram").unknown() == tokenizer("unigram").backend.token_to_id("<unk>")

@@ -1,7 +1,7 @@
 """The objectives by recipe name. Anybody's own: `package.module:Class`."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lmssl.config import build, chosen, name_of
@@ -44,7 +44,9 @@ def _check(cls: Any, name: str, where: str) -> None:
     missing = [member for member in MEMBERS if not hasattr(cls, member)]
     if isinstance(cls, type) and not any("__call__" in base.__dict__ for base in cls.__mro__):
         missing.append("__call__")
-    if unknown := sorted(set(getattr(cls, "needs", ())) - {"mask", "sentinels"}):
-        raise UserError(f"{where}: '{name}' needs '{unknown[0]}', and a tokenizer has 'mask' and 'sentinels'")
+    needs: Any = getattr(cls, "needs", frozenset())
+    unknown = [repr(need) for need in needs if need not in ("mask", "sentinels")] if isinstance(needs, Collection) and not isinstance(needs, str) else [repr(needs)]
+    if unknown:
+        raise UserError(f"{where}: '{name}' needs {min(unknown)}; a set of 'mask' and 'sentinels', which a tokenizer may have")
     if not (dataclasses.is_dataclass(cls) and isinstance(cls, type)) or missing:
         raise UserError(f"{where}: '{name}' is not an objective: a frozen dataclass with {', '.join(MEMBERS)} and __call__ ({', '.join(missing) or 'a dataclass'} is missing)")

@@ -42,9 +42,9 @@ def runs_module():
 
 
 def writer_class():
-    from lmssl.data import tokens
+    from lmssl.data import preparation
 
-    return tokens._Writer
+    return preparation._Writer
 
 
 REACHED = {"checkpoint": (trainer_class, "_save_checkpoint"), "final model": (runs_module, "_finish"), "preparation": (writer_class, "__init__")}
