@@ -340,7 +340,8 @@ def hardware_defaults() -> dict[str, Any]:
 
 def workers() -> int:
     """Processes that make batches while a GPU trains: in the training process itself they would keep it waiting."""
-    return min(4, (os.cpu_count() or 1) // (2 * processes_here()))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # a job's share of a machine
+    return min(4, cores // (2 * processes_here()))
 
 
 def pretrain_defaults(continued: bool = False) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import argparse
 import contextlib
 import errno
 import io
+import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (UserError, Stopped, Interrupted) as error:
+        _tell_launcher(error)
         if not isinstance(error, Stopped) and os.environ.get("LOCAL_RANK", "0") != "0":  # one line a machine: what is wrong may be wrong there alone
             return error.exit_code
         print(f"lmssl: error: {error}" if not isinstance(error, Interrupted) else f"lmssl: {error}", file=sys.stderr)
@@ -133,6 +136,13 @@ def run(argv: Sequence[str] | None = None) -> int:
         print(f"lmssl: error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return Stopped.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else UserError.exit_code
     return 0
+
+
+def _tell_launcher(error: Exception) -> None:
+    """For torchrun's own page: it shows what the first process that failed has written, which may be the only one that knows."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": f"lmssl: {error}", "extraInfo": {"timestamp": str(int(time.time()))}}}), encoding="utf-8")
 
 
 def _quiet_libraries() -> None:

@@ -45,6 +45,7 @@ def alone(out: Any) -> Iterator[None]:
     Raises:
         UserError: another one does.
     """
+    ranks.check_slurm()
     if not out or not ranks.first_process():
         yield
         return

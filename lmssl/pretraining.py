@@ -260,7 +260,8 @@ def _identity(args: TrainingArguments, optimizer: str) -> dict[str, Any]:
     usual = (0, arguments.usual_warmup(args.max_steps))
     return {
         "seed": args.seed,
-        "threads": torch.get_num_threads(),
+        # Which torchrun sets otherwise for one process than for several, and of which a GPU's results are not made.
+        **({"threads": torch.get_num_threads()} if args.device.type == "cpu" else {}),
         "bf16": bool(args.bf16),
         "fp16": bool(args.fp16),
         "torch_compile": bool(args.torch_compile),

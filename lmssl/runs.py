@@ -68,6 +68,8 @@ def _pretrain(recipe: PretrainRecipe, resume: bool, overwrite: bool, accept: tup
     trainer, values = assemble(recipe, objective, tokenizer, values, quiet)
     if _finished(out, before, trainer.args.max_steps):  # of num_train_epochs
         return before
+    ranks.check_same(trainer.identity | {"max_steps": trainer.args.max_steps})
+    ranks.check_one_folder(out)
     if first and not resume:  # by now nothing more is to be refused that could have been
         folders.remove([*folders.leavings(out), *out.glob("damaged-checkpoint-*")])
     ranks.wait()  # for what is to be removed
@@ -121,6 +123,7 @@ def _finetune(recipe: FinetuneRecipe, resume: bool, overwrite: bool, accept: tup
     runs = curve_of(recipe, values, quiet)
     task = runs.task
     before = (output.read_json(out / "metrics.json") or {}) if resume else {}
+    ranks.check_same(runs.ledger.identity)
     ranks.check_same_folder(out, before.get("results"))
     if resume:
         runs.ledger.load(accept, max(task.labels))
@@ -146,6 +149,7 @@ def _finetune(recipe: FinetuneRecipe, resume: bool, overwrite: bool, accept: tup
             folders.remove(folders.found(out, folders.MODEL))
         output.write(out / "recipe.yaml", config.dump(output.plain(resolved)))
         runs.ledger.save(runs.ledger.seconds)  # what is resumed before any run is finished is compared with this
+    ranks.check_one_folder(out)
     metrics = runs.run() | {"leaks": leaks, "continued_from": config.of_folder(recipe.source).get("model", {}).get("from"), "environment": output.environment(runs.args.device)}
     if "evaluated" in before and not runs.saved:
         metrics["evaluated"] = before["evaluated"]

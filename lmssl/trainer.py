@@ -404,7 +404,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
                 the difference is named in `accept`.
         """
         root = Path(self.args.output_dir)
-        checkpoints.check_accepted(accept, self.identity.keys() - {"optimizer"})
+        checkpoints.check_accepted(accept, self.identity.keys() - {"optimizer"} | {"threads"})
         path, manifest, rejected = checkpoints.newest(root, self._fits) if folder is None else checkpoints.only(folder, self._fits)
         for reason in rejected:
             log.warning("passed over: %s", reason)
@@ -453,7 +453,7 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
         resume = self.resume_point() if resume is True else Path(resume) if resume else None
         if resume is not None and not resume.is_dir():
             raise UserError(f"run: {resume} is no checkpoint folder")
-        beside = checkpoints.all_of(Path(self.args.output_dir)) if self.args.save_strategy != "no" else []
+        beside = ranks.as_the_first(checkpoints.all_of(Path(self.args.output_dir))) if self.args.save_strategy != "no" else []
         if beside and resume is None:
             raise UserError(
                 f"output_dir: {self.args.output_dir} holds checkpoints of an earlier run ({beside[0].name}); run(resume_point()) goes on with it, another folder begins anew"

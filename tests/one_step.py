@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +34,15 @@ def sentiment_step(micro: int, folder: Path, accumulate: int = 1) -> tuple[float
     return first_step(ExactTrainer(task.model(backbone, True, 0), args, Few(items, [""] * len(items), mix(0), 8), task.collator(backbone, 8), quiet=True))
 
 
+def said_by(check: Any, *args: Any) -> str:
+    """What it refuses."""
+    try:
+        check(*args)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def main(shared: str, architectures: str, out: str, micro: str) -> None:
     tokens, world, steps = token_set(Path(shared)), int(os.environ.get("WORLD_SIZE", 1)), {}
     folder = Path(tempfile.mkdtemp())
@@ -44,14 +54,19 @@ def main(shared: str, architectures: str, out: str, micro: str) -> None:
         steps[name] = first_step(trainer)
     for family in (family for family, name in SENTIMENT.items() if name in architectures.split(",")):
         steps[f"sentiment {family}"] = sentiment_step(int(micro), Path(shared) / family)
+    (shared_folder := Path(out).parent / "seen").mkdir(exist_ok=True)
     ranks.check_same_folder(folder, "the same")
-    try:
-        ranks.check_same_folder(folder, os.environ.get("RANK"))
-        refused = False
-    except UserError:
-        refused = True
+    ranks.check_same({"data": "the same", "threads": 1 + ranks.first_process()})
+    ranks.check_one_folder(shared_folder)
+    ranks.wait()
+    refused = [
+        said_by(ranks.check_same_folder, folder, os.environ.get("RANK")),
+        said_by(ranks.check_same, {"seed": 0, "data": f"text {ranks.first_process()}"}),
+        said_by(ranks.check_one_folder, folder),  # of this process alone
+        said_by(ranks.check_one_folder, Path(out) / "nowhere"),
+    ]
     if ranks.first_process():
-        torch.save({"world": world, "steps": steps, "refused": refused}, out)
+        torch.save({"world": world, "steps": steps, "refused": refused, "left": os.listdir(shared_folder)}, out)
 
 
 if __name__ == "__main__":

@@ -263,26 +263,36 @@ def prepare(
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_folder() / "tokens" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"), written(f"the token set {folder}"):
-        if kept := _whole(folder):
-            return _known(kept, tokenizer)
+
+    def made() -> TokenSet:
         for left in (folder, *folder.parent.glob(f"{key}.part-*")):  # damaged, or of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-        total = sum(s.bytes for s in [*train, *held])
-        with _progress(total, quiet) as bar:
-            grams = None
-            if decontaminate:
-                # A test that cannot be read would not be looked for, which nobody would notice.
-                found = (text for text, _ in corpus.documents(tests or held or train, None, corpus.BadRecords(skip and not tests)))
-                if not (tests or held):
-                    found = (text for text, is_held in _marked(((content_hash(text), text) for text in found), float(held_out)) if is_held)
-                grams = Grams(found)
+        with _progress(sum(s.bytes for s in [*train, *held]), quiet) as bar:
+            grams = _grams(tests, held, train, held_out, skip) if decontaminate else None
             bad = corpus.BadRecords(skip, "data.on_bad_record=skip leaves such records out")
             texts, own = ((text for text, _ in corpus.documents(sources, bar.update, bad)) for sources in (train, held))
-            made = write(texts, tokenizer, folder, own if held else float(held_out), described, grams, bad)
+            found = write(texts, tokenizer, folder, own if held else float(held_out), described, grams, bad)
         if bad.count:
             log.warning("%d bad records skipped, the first: %s", bad.count, bad.first[0])
-        return _known(made, tokenizer)
+        return found
+
+    while True:
+        # Looked at without the lock, behind which the processes of a run would read all of it one after another.
+        seen = _stamp(folder)
+        if kept := _whole(folder):
+            return _known(kept, tokenizer)
+        with FileLock(f"{folder}.lock"), written(f"the token set {folder}"):
+            if _stamp(folder) == seen:  # nobody has made it meanwhile
+                return _known(made(), tokenizer)
+
+
+def _grams(tests: list[corpus.Source], held: list[corpus.Source], train: list[corpus.Source], held_out: float | str, skip: bool) -> Grams:
+    """What no training document may overlap: the tests, or the held-out documents."""
+    # A test that cannot be read would not be looked for, which nobody would notice.
+    found = (text for text, _ in corpus.documents(tests or held or train, None, corpus.BadRecords(skip and not tests)))
+    if not (tests or held):
+        found = (text for text, is_held in _marked(((content_hash(text), text) for text in found), float(held_out)) if is_held)
+    return Grams(found)
 
 
 def _known(token_set: TokenSet, tokenizer: Tokenizer) -> TokenSet:
@@ -291,6 +301,15 @@ def _known(token_set: TokenSet, tokenizer: Tokenizer) -> TokenSet:
     if counts.get("unknown"):
         tokenizer.check_known(counts["unknown"], counts["tokens"], "data.text")
     return token_set
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """Which token set lies in a folder: another one has another stamp."""
+    try:
+        found = (folder / "manifest.json").stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _whole(folder: Path) -> TokenSet | None:
@@ -306,7 +325,7 @@ def _whole(folder: Path) -> TokenSet | None:
             if _crc32(folder / split / DATA) != value:
                 raise UserError(f"{folder}: {split} is not what was written")
         return found
-    except UserError as error:
+    except (UserError, OSError) as error:  # gone while it was read, as another process's to make again
         log.warning("%s; it is prepared again", error)
         return None
 

@@ -362,7 +362,7 @@ class Curve:
             trainer.add_callback(callback)
         point, damaged = None, False
         try:
-            point = trainer.resume_point() if checkpoints.all_of(folder) else None
+            point = trainer.resume_point() if ranks.as_the_first(checkpoints.all_of(folder)) else None
         except UserError as error:
             log.warning("%s; this run begins anew", str(error).partition("; --overwrite")[0])
             damaged = True
