@@ -23,7 +23,6 @@ from lmssl.runs import finetune
 from lmssl.tasks import baseline, curve
 from lmssl.tasks.base import Backbone, Few
 from lmssl.tasks.sentiment import Labelled, Sentiment
-from lmssl.tasks.translation import Pair, Translation
 from tests.helpers import saved_backbone, sentences, token_set
 
 LENGTH = 32
@@ -263,14 +262,6 @@ def test_an_epoch_of_few_examples_is_shuffled_anew():
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert epochs[0] != [Few([{}] * 20, few.places, 4, 60).where(i) for i in range(20)]
-
-
-def test_translations_are_scored_against_their_references(monkeypatch):
-    pytest.importorskip("sacrebleu")
-    monkeypatch.setattr(Translation, "predict", lambda self, model, backbone, examples, batch: [e.target for e in examples])
-    scores, written = Translation().evaluate(None, None, [Pair("ein Film von fünf Wörtern", "", "", "a film of five words")], 1)
-    assert scores["bleu"] == pytest.approx(1)
-    assert written == ["a film of five words"]
 
 
 def test_whole_numbers_are_the_rows_of_the_head(caplog):
