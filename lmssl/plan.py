@@ -76,6 +76,7 @@ class Cost:
         peak_share: of the machine's matmul peak.
         memory: bytes, the largest so far of the process or of the accelerator.
         text: the data in words.
+        save_steps: steps from one checkpoint to the next; 0: none is saved.
     """
 
     parameters: int
@@ -87,6 +88,7 @@ class Cost:
     peak_share: float | None
     memory: int
     text: str
+    save_steps: int = 0
 
     @property
     def seconds(self) -> float:
@@ -103,6 +105,7 @@ class Cost:
             f"step     {self.step_seconds:.3f} s, {speed:,.0f} tokens/s{share} (median of {TIMED}); the first one {self.first_seconds:.1f} s",
             f"memory   {self.memory / 2**30:.2f} GiB so far",
             f"run      {self.steps:,} steps, {self.tokens:,} tokens, {self.epochs:.2f} epochs: about {duration(self.seconds)} without evaluation and saving",
+            f"saves    every {self.save_steps:,} steps, about {duration(self.save_steps * self.step_seconds)} apart" if self.save_steps else "saves    none on the way",
         ]
 
 
@@ -168,6 +171,7 @@ def cost(wanted: PretrainRecipe) -> Cost:
     steps = _Steps()
     with _thrown_away() as folder:
         values = arguments.resolve(wanted.trainer, arguments.pretrain_defaults(wanted.continued is not None))
+        saves = values.get("save_strategy") != "no"
         values |= {"output_dir": folder, "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none", "eval_on_start": False}
         trainer, values = runs.assemble(wanted, objective, tokenizer, values, quiet=False)
         trainer.add_callback(steps)
@@ -187,6 +191,7 @@ def cost(wanted: PretrainRecipe) -> Cost:
         peak_share=trainer.peak_share(1, step),
         memory=memory,
         text=runs.data_in_words(trainer.train_dataset.tokens, rows),
+        save_steps=int(values["save_steps"]) if saves else 0,
     )
 
 
@@ -352,6 +357,8 @@ def plan(wanted: PretrainRecipe, minutes: float) -> tuple[list[Rung], Rung, dict
     trainer["max_steps"] = steps
     per_step = measured.tokens / measured.steps
     measured = dataclasses.replace(measured, steps=steps, tokens=round(per_step * steps), epochs=measured.epochs / measured.steps * steps)
+    if measured.save_steps:
+        measured = dataclasses.replace(measured, save_steps=int(arguments.with_steps(trainer, 1)["save_steps"]))
     sections = {
         "data": {k: v for k, v in dataclasses.asdict(wanted.data).items() if v != getattr(DataSection, k, None)},
         "model": best.model,

@@ -128,13 +128,14 @@ def test_a_plan_is_what_the_minutes_buy(corpus_file, tmp_path, monkeypatch):
     recipe = planned(corpus_file, tmp_path)
     rung = plan.Rung(recipe.model, 10**6, 1e4, 0.5, 6e6, 1.0, 3.0)
     monkeypatch.setattr(plan, "ladder", lambda *of: iter([rung]))
-    monkeypatch.setattr(plan, "cost", lambda wanted: plan.Cost(10**6, 50, 5000, 2.0, 0.5, 10.0, None, 1, ""))
+    monkeypatch.setattr(plan, "cost", lambda wanted: plan.Cost(10**6, 50, 5000, 2.0, 0.5, 10.0, None, 1, "", 12))
     _, _, sections, cost = plan.plan(recipe, 10)
     tokens_ = 0.292 * (6 * 10**6 * 6e6) ** 0.3271
     trainer = sections["trainer"]
     assert trainer["per_device_train_batch_size"] * trainer.get("gradient_accumulation_steps", 1) == 2 ** round(math.log2(tokens_ / 32)) == 256
     assert (trainer["max_steps"], cost.tokens, cost.epochs) == (1180, 118_000, pytest.approx(47.2))
     assert cost.seconds == 600
+    assert cost.lines()[-1] == "saves    every 295 steps, about 2 min apart"
 
 
 def test_a_size_is_judged_by_the_tokens_that_its_speed_buys(corpus_file, tmp_path, monkeypatch):
@@ -149,6 +150,9 @@ def test_a_size_is_judged_by_the_tokens_that_its_speed_buys(corpus_file, tmp_pat
 def test_epochs_of_a_dry_run_are_passes_of_its_text(corpus_file, tmp_path):
     recipe = recipe_of(corpus_file, tmp_path / "run", max_steps=500)
     found = plan.cost(recipe)
+    assert found.save_steps == 2
+    assert found.lines()[-1].startswith("saves    every 2 steps, about ")
+    assert dataclasses.replace(found, save_steps=0).lines()[-1] == "saves    none on the way"
     text = lmssl.prepare(str(corpus_file), tokenization.load("tokenizer_assets/bpe-8k"), 0.1, quiet=True)
     assert found.epochs == pytest.approx(found.tokens / text.tokens, rel=0.05)
 
