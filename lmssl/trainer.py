@@ -470,7 +470,11 @@ class ExactTrainer(transformers.Trainer):  # type: ignore[misc]
                 if self.args.world_size > 1 and (isinstance(error, torch.distributed.DistError) or " peer" in str(error)):
                     raise self.stopped(f"another process of this run ended, or cannot be reached: {said(error, 150)}") from error
                 if "DataLoader worker" not in str(error):
-                    raise
+                    if not self.guard.signum:
+                        raise
+                    # The compiler, for one, is a process of its own, which the same signal ends.
+                    what = f"{signal.Signals(self.guard.signum).name}: step {self.state.global_step + 1} could not be finished"
+                    raise Interrupted(f"{what}: {said(error, 150)}; --resume continues from the last checkpoint", self.guard.signum) from error
                 raise self.stopped(f"the data of step {self.state.global_step + 1} cannot be made: {of_the_data(error)}") from error
             except AssertionError as error:
                 if "EarlyStopping" not in str(error):

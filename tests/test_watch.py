@@ -156,6 +156,20 @@ def test_an_echo_of_a_signal_is_not_a_second_one(shared_dir, tmp_path, monkeypat
         trainer.run()
 
 
+def test_a_step_that_a_signal_broke_off_is_an_interruption(shared_dir, tmp_path):
+    """A scheduler's reaches the compiler too, in the middle of the first step."""
+
+    def broken(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("CppCompileError: C++ compile error")
+
+    trainer = trainer_of("bert", token_set(shared_dir), tmp_path)
+    trainer.model.register_forward_pre_hook(broken)
+    with pytest.raises(Interrupted, match=r"SIGTERM: step 1 could not be finished: CppCompileError.*; --resume continues from the last checkpoint") as caught:
+        trainer.run()
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+
+
 def test_every_step_rank_and_seed_draws_its_own_dropout(shared_dir, tmp_path):
     trainer, draws = trainer_of("bert", token_set(shared_dir), tmp_path), set()
     for step, rank, seed in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:
