@@ -250,10 +250,14 @@ class Progress(TrainerCallback):
         if "loss" in logs:
             loss, steps = float(logs["loss"]), state.global_step - self.begun[2]
             bits, share = trainer.bits_per_byte(loss), trainer.peak_share(steps, seconds)
-            trainer.curve.append({"step": state.global_step, "loss": loss, "tokens_per_second": round(speed, 1)} | ({} if bits is None else {"bits_per_byte": round(bits, 4)}))
-            left = (state.max_steps - state.global_step) * seconds / steps if steps else 0.0
-            said = [f"loss {loss:.4f}", *([f"{bits:.4f} bits per byte"] if bits is not None else []), f"lr {logs.get('learning_rate', 0):.2e}", f"{speed:,.0f} tokens/s"]
-            self._say(state, "  ".join([*said, *([f"{share:.0%} of the matmul peak"] if share is not None else []), f"{_minutes(left)} left"]))
+            # Behind a step that compiled there is no speed yet.
+            point = {"step": state.global_step, "loss": loss} | ({"tokens_per_second": round(speed, 1)} if steps else {})
+            trainer.curve.append(point | ({} if bits is None else {"bits_per_byte": round(bits, 4)}))
+            said = [f"loss {loss:.4f}", *([f"{bits:.4f} bits per byte"] if bits is not None else []), f"lr {logs.get('learning_rate', 0):.2e}"]
+            if steps:
+                left = (state.max_steps - state.global_step) * seconds / steps
+                said += [f"{speed:,.0f} tokens/s", *([f"{share:.0%} of the matmul peak"] if share is not None else []), f"{_minutes(left)} left"]
+            self._say(state, "  ".join(said))
         elif "eval_loss" in logs:
             bits = logs.get("eval_bits_per_byte")
             trainer.curve.append({"step": state.global_step, "held_out_loss": logs["eval_loss"]} | ({} if bits is None else {"bits_per_byte": bits}))

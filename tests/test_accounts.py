@@ -61,6 +61,10 @@ def test_the_speed_of_several_processes_is_of_all_of_them(shared_dir, tmp_path, 
     progress = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "Progress")
     trainer._tokens += 1000
     trainer.clock.training, trainer.state.global_step = 2.0, 1
+    progress.begun = (0.0, 0, 1)
+    progress.on_log(SimpleNamespace(world_size=1), trainer.state, trainer.control, {"loss": 1.0})
+    assert "tokens_per_second" not in trainer.curve[-1], "the first step compiled"
+    progress.begun = (0.0, 0, 0)
     for world, speed in ((1, 500.0), (4, 2000.0)):
         progress.on_log(SimpleNamespace(world_size=world), trainer.state, trainer.control, {"loss": 1.0})
         assert trainer.curve[-1]["tokens_per_second"] == speed
