@@ -1,8 +1,7 @@
 """Likelihoods: equal to the model's own numbers, however they are batched; ties are half."""
 
 import json
-import subprocess
-import sys
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -135,10 +134,22 @@ def test_likelihoods_do_not_depend_on_the_batch(shared_dir, monkeypatch):
 
 def test_scores_of_several_evaluations_at_once_are_all_kept(tmp_path):
     """Each process reads metrics.json, adds its own and writes it again."""
-    code = "import sys; from pathlib import Path; from lmssl.scoring import _note; [_note(Path(sys.argv[1]), 'evaluated', {f'{sys.argv[2]}.{k}': {}}) for k in range(20)]"
-    running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)]) for n in range(3)]
-    assert [process.wait() for process in running] == [0, 0, 0]
-    assert len(json.loads((tmp_path / "metrics.json").read_text())["evaluated"]) == 60
+
+    context = multiprocessing.get_context("fork")
+    together = context.Barrier(3)
+
+    def note(number):
+        together.wait()
+        for k in range(40):
+            scoring._note(tmp_path, "evaluated", {f"{number}.{k}": {}})
+
+    running = [context.Process(target=note, args=(number,)) for number in range(3)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(60)
+    assert [process.exitcode for process in running] == [0, 0, 0]
+    assert len(json.loads((tmp_path / "metrics.json").read_text())["evaluated"]) == 120
 
 
 def test_a_score_that_cannot_be_noted_is_not_lost(tmp_path, caplog):

@@ -28,7 +28,8 @@ def ours(tally: Tally, count: int, draw: random.Random, folder: Path) -> None:
     whole = folder / "whole"
     lmssl(folder, "pretrain", recipe(folder, "span_corruption", whole, max_steps=STEPS, save_steps=1000))
     tuned = folder / "tuned"
-    lmssl(folder, "finetune", finetuning(folder, whole, tuned))
+    if count > 3:  # a signal in fine-tuning is every fourth case
+        lmssl(folder, "finetune", finetuning(folder, whole, tuned))
     for number in range(count):
         tuning, signum = number % 4 == 3, draw.choice([signal.SIGTERM, signal.SIGINT])
         out = folder / f"run-{number}"
