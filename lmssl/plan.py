@@ -356,9 +356,8 @@ def plan(wanted: PretrainRecipe, minutes: float) -> tuple[list[Rung], Rung, dict
     steps = max(1, int((minutes * 60 - measured.first_seconds) / measured.step_seconds))
     trainer["max_steps"] = steps
     per_step = measured.tokens / measured.steps
-    measured = dataclasses.replace(measured, steps=steps, tokens=round(per_step * steps), epochs=measured.epochs / measured.steps * steps)
-    if measured.save_steps:
-        measured = dataclasses.replace(measured, save_steps=int(arguments.with_steps(trainer, 1)["save_steps"]))
+    saves = int(arguments.with_steps(trainer, 1)["save_steps"]) if measured.save_steps else 0
+    measured = dataclasses.replace(measured, steps=steps, tokens=round(per_step * steps), epochs=measured.epochs / measured.steps * steps, save_steps=saves)
     sections = {
         "data": {k: v for k, v in dataclasses.asdict(wanted.data).items() if v != getattr(DataSection, k, None)},
         "model": best.model,

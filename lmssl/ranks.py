@@ -42,7 +42,7 @@ def check_same_folder(folder: Any, seen: Any) -> None:
     Every process must ask. Args:
         seen: what this process sees there; compared, and sent as a pickle.
     """
-    found = _of_all(seen)
+    found = _gathered(seen)
     if any(other != found[0] for other in found):
         raise UserError(f"trainer.output_dir: not all processes see the same in {folder}; it must be one folder for all machines")
 
@@ -61,7 +61,7 @@ def check_one_folder(folder: Path) -> None:
         except OSError as error:
             failed = error.strerror or str(error)
     name, failed = as_the_first((name, failed))
-    blind = [rank for rank, sees in enumerate(_of_all(not failed and (folder / name).exists())) if not sees]
+    blind = [rank for rank, sees in enumerate(_gathered(not failed and (folder / name).exists())) if not sees]
     if first_process():
         (folder / name).unlink(missing_ok=True)
     if failed:
@@ -76,14 +76,14 @@ def check_same(facts: Mapping[str, Any]) -> None:
     Every process must ask. Args:
         facts: by what they are called in the refusal; compared, but for `threads`, of which machines may have more or fewer, and sent as a pickle.
     """
-    found = _of_all({key: value for key, value in facts.items() if key != "threads"})
+    found = _gathered({key: value for key, value in facts.items() if key != "threads"})
     for rank, other in enumerate(found):
         if differing := [key for key in found[0] if other[key] != found[0][key]]:
             theirs, first = (f"{facts[differing[0]]!s:.60}" for facts in (other, found[0]))
             raise UserError(f"{differing[0]}: process {rank} has {theirs}, process 0 {first}; all processes of a run must read the same text and settings")
 
 
-def _of_all(value: Any) -> list[Any]:
+def _gathered(value: Any) -> list[Any]:
     """What each process has, by rank."""
     if processes() == 1:
         return [value]

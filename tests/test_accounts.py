@@ -12,11 +12,11 @@ from scipy import stats
 import lmssl
 from lmssl import arguments as settings
 from lmssl import checkpoints, evaluation, likelihood, plan, report, statistics, tokenization
-from lmssl.arguments import usual_warmup, with_steps
 from lmssl.data.stream import Stream
 from lmssl.objectives import MaskedTokens
 from lmssl.recipe import PretrainRecipe
 from lmssl.runs import assemble, check, pretrain
+from lmssl.watch import Progress
 from tests.helpers import SMALL, small_model, token_set
 from tests.test_trainer import recipe_of, trainer_of
 
@@ -44,21 +44,24 @@ def test_bits_per_byte_along_the_way_are_of_the_tokens_that_were_asked(architect
     assert trainer.curve[0]["bits_per_byte"] == pytest.approx(trainer.curve[0]["loss"] * len(labels) / math.log(2) / size, abs=1e-3)
 
 
+def progress_of(trainer):
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, Progress))
+
+
 def test_speed_counts_from_where_a_run_went_on(shared_dir, tmp_path):
-    tokens_, keys = token_set(shared_dir), {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    trainer_of("bert", tokens_, tmp_path, **keys).run()
+    tokens, keys = token_set(shared_dir), {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer_of("bert", tokens, tmp_path, **keys).run()
     facts = checkpoints.facts(tmp_path / "checkpoint-2")
-    resumed = trainer_of("bert", tokens_, tmp_path, **keys | {"max_steps": 3})
+    resumed = trainer_of("bert", tokens, tmp_path, **keys | {"max_steps": 3})
     resumed.run(resumed.resume_point())
     assert facts["seconds"] > 0
-    progress = next(c for c in resumed.callback_handler.callbacks if type(c).__name__ == "Progress")
-    assert progress.begun == (facts["seconds"], facts["tokens"], 2)
+    assert progress_of(resumed).begun == (facts["seconds"], facts["tokens"], 2)
     assert resumed.metrics()["seconds"] > facts["seconds"]
 
 
 def test_the_speed_of_several_processes_is_of_all_of_them(shared_dir, tmp_path, monkeypatch):
     trainer = trainer_of("bert", token_set(shared_dir), tmp_path)
-    progress = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "Progress")
+    progress = progress_of(trainer)
     trainer._tokens += 1000
     trainer.clock.training, trainer.state.global_step = 2.0, 1
     progress.begun = (0.0, 0, 1)
@@ -89,13 +92,13 @@ def test_an_epoch_is_every_row_of_the_objective_s_own_length(corpus_file, tmp_pa
 
 
 def test_a_warm_up_is_a_tenth_and_a_hundred_steps_at_most():
-    assert [usual_warmup(n) for n in (5, 400, 10_000)] == [0, 40, 100]
+    assert [settings.usual_warmup(n) for n in (5, 400, 10_000)] == [0, 40, 100]
 
 
 def test_a_last_part_of_an_epoch_is_a_step_and_four_checkpoints_are_saved():
     values = {"per_device_train_batch_size": 4}
-    assert with_steps(values | {"num_train_epochs": 2}, 9)["max_steps"] == 5
-    assert with_steps(values | {"max_steps": 10_000}, 9)["save_steps"] == 2500
+    assert settings.with_steps(values | {"num_train_epochs": 2}, 9)["max_steps"] == 5
+    assert settings.with_steps(values | {"max_steps": 10_000}, 9)["save_steps"] == 2500
 
 
 def test_the_table_of_t_is_students():
@@ -114,41 +117,6 @@ def test_without_bos_a_text_is_read_behind_eos(shared_dir):
     (value,) = likelihood.log_likelihoods(model, "decoder", [ids], words)
     row = torch.tensor([[words.eos, *ids.tolist()]])
     assert value == pytest.approx(-model(input_ids=row, labels=row).loss.item() * len(ids), rel=1e-5)
-
-
-def planned(corpus_file, out, **model):
-    return PretrainRecipe.of(
-        {
-            "data": {"text": str(corpus_file), "tokenizer": "tokenizer_assets/bpe-8k", "seq_length": 32, "held_out": 0.05},
-            "model": {"architecture": "llama", **SMALL["llama"], **model},
-            "objective": {"name": "next_token"},
-            "trainer": {"output_dir": str(out), "max_steps": 500},
-        }
-    )
-
-
-def test_a_plan_is_what_the_minutes_buy(corpus_file, tmp_path, monkeypatch):
-    """Its batch by the law of 2401.02954, its steps by the time that they were measured to take."""
-    recipe = planned(corpus_file, tmp_path)
-    rung = plan.Rung(recipe.model, 10**6, 1e4, 0.5, 6e6, 1.0, 3.0)
-    monkeypatch.setattr(plan, "ladder", lambda *of: iter([rung]))
-    monkeypatch.setattr(plan, "cost", lambda wanted: plan.Cost(10**6, 50, 5000, 2.0, 0.5, 10.0, None, 1, "", 12))
-    _, _, sections, cost = plan.plan(recipe, 10)
-    tokens_ = 0.292 * (6 * 10**6 * 6e6) ** 0.3271
-    trainer = sections["trainer"]
-    assert trainer["per_device_train_batch_size"] * trainer.get("gradient_accumulation_steps", 1) == 2 ** round(math.log2(tokens_ / 32)) == 256
-    assert (trainer["max_steps"], cost.tokens, cost.epochs) == (1180, 118_000, pytest.approx(47.2))
-    assert cost.seconds == 600
-    assert cost.lines()[-1] == "saves    every 295 steps, about 2 min apart"
-
-
-def test_a_size_is_judged_by_the_tokens_that_its_speed_buys(corpus_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan.machine, "pass_seconds", lambda *args: 1.0)
-    recipe = planned(corpus_file, tmp_path)
-    rung = next(plan.ladder(recipe, 2))
-    held = lmssl.prepare(str(corpus_file), tokenization.load("tokenizer_assets/bpe-8k"), 0.05, quiet=True)
-    assert rung.tokens == pytest.approx(120 * rung.tokens_per_second)
-    assert rung.epochs == pytest.approx(rung.tokens / held.tokens, rel=0.1)
 
 
 def test_epochs_of_a_dry_run_are_passes_of_its_text(corpus_file, tmp_path):

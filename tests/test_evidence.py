@@ -100,6 +100,20 @@ def test_each_run_warms_up_for_a_tenth_of_its_own_steps(recipe, begun):
     assert [run.warmup for run in begun] == [3, 3, 5, 5]
 
 
+def test_the_share_that_judges_a_learning_rate_is_the_recipe_s(recipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(curve.Curve, "_loss", lambda self, model, trainer, items: asked.append(len(items)) or 1.0)
+    finetune(recipe(labels=[20], seeds=1, learning_rates=[1e-3], validation=0.5), quiet=True)
+    assert set(asked) == {10}
+
+
+def test_each_seed_has_its_own_order(recipe, monkeypatch):
+    orders, few = [], curve.Few
+    monkeypatch.setattr(curve, "Few", lambda *of: orders.append([few(*of)._at(i) for i in range(8)]) or few(*of))
+    finetune(recipe(labels=[8]), quiet=True)
+    assert orders[0] == orders[1] != orders[2] == orders[3]
+
+
 def test_a_learning_rate_is_judged_by_examples_that_it_did_not_train_on(recipe, monkeypatch):
     trained, held = [], []
     train, loss = curve.Curve._trained, curve.Curve._loss

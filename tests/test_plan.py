@@ -1,13 +1,15 @@
 """What a run costs before it starts, and what some minutes buy."""
 
 import json
+import math
 import os
 import signal
 
 import pytest
 import torch
 
-from lmssl import config, models, plan
+import lmssl
+from lmssl import config, models, plan, tokenization
 from lmssl.cli import run
 from lmssl.errors import UserError, fitting
 from lmssl.objectives import NextToken, toy
@@ -172,3 +174,26 @@ def test_a_signal_ends_a_dry_run_without_a_word_of_what_it_saved(recipe, monkeyp
     monkeypatch.setattr(plan._Steps, "on_step_begin", lambda self, *args, **keys: (self.begun or os.kill(os.getpid(), signal.SIGTERM), begun(self, *args, **keys))[1])
     assert run(["pretrain", str(recipe), "--dry-run"]) == 143
     assert capsys.readouterr().err.strip().splitlines()[-1] == "lmssl: SIGTERM: the dry run was stopped; nothing of it is kept"
+
+
+def test_a_plan_is_what_the_minutes_buy(recipe, monkeypatch):
+    """Its batch by the law of 2401.02954, its steps by the time that they were measured to take."""
+    wanted = PretrainRecipe.load(recipe)
+    rung = plan.Rung(wanted.model, 10**6, 1e4, 0.5, 6e6, 1.0, 3.0)
+    monkeypatch.setattr(plan, "ladder", lambda *of: iter([rung]))
+    monkeypatch.setattr(plan, "cost", lambda of: plan.Cost(10**6, 50, 5000, 2.0, 0.5, 10.0, None, 1, "", 12))
+    _, _, sections, cost = plan.plan(wanted, 10)
+    tokens = 0.292 * (6 * 10**6 * 6e6) ** 0.3271
+    trainer = sections["trainer"]
+    assert trainer["per_device_train_batch_size"] * trainer.get("gradient_accumulation_steps", 1) == 2 ** round(math.log2(tokens / 32)) == 256
+    assert (trainer["max_steps"], cost.tokens, cost.epochs) == (1180, 118_000, pytest.approx(47.2))
+    assert cost.seconds == 600
+    assert cost.lines()[-1] == "saves    every 295 steps, about 2 min apart"
+
+
+def test_a_size_is_judged_by_the_tokens_that_its_speed_buys(recipe, corpus_file, monkeypatch):
+    monkeypatch.setattr(plan.machine, "pass_seconds", lambda *args: 1.0)
+    rung = next(plan.ladder(PretrainRecipe.load(recipe), 2))
+    held = lmssl.prepare(str(corpus_file), tokenization.load("tokenizer_assets/bpe-8k"), 0.05, quiet=True)
+    assert rung.tokens == pytest.approx(120 * rung.tokens_per_second)
+    assert rung.epochs == pytest.approx(rung.tokens / held.tokens, rel=0.1)

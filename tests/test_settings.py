@@ -16,9 +16,7 @@ from lmssl.objectives import MaskedTokens, SpanCorruption
 from lmssl.objectives.base import Row
 from lmssl.objectives.toy import vocab as toy_vocab
 from lmssl.optimizers import muon_groups
-from lmssl.recipe import FinetuneRecipe
-from lmssl.runs import finetune
-from lmssl.tasks import baseline, curve, generation, ledger, squad
+from lmssl.tasks import baseline, generation, ledger, squad
 from lmssl.tasks.base import Backbone
 from lmssl.tasks.qa import Question, QuestionAnswering
 from lmssl.tasks.sentiment import Labelled, Sentiment
@@ -219,30 +217,6 @@ def test_a_long_question_loses_its_end():
     context = np.arange(50, 60)
     window, *_ = squad.windows(np.arange(10, 40), context, np.array([[k, k + 1] for k in range(10)]), None, length=24, stride=4, bos=[0], eos=1, null_last=False)
     assert window.ids[: window.first].tolist() == [0, *range(10, 18), 1]
-
-
-def test_the_share_that_judges_a_learning_rate_is_the_recipe_s(shared_dir, tmp_path, monkeypatch):
-    saved_backbone("bert", token_set(shared_dir), tmp_path / "backbone", 32)
-    rows = [{"text": f"{text} {n}", "label": n % 2} for n, text in enumerate(sentences(40))]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = []
-    monkeypatch.setattr(curve.Curve, "_loss", lambda self, model, trainer, items: asked.append(len(items)) or 1.0)
-    made = {"task": {"name": "sentiment", "labels": [20], "seeds": 1, "learning_rates": [1e-3], "validation": 0.5}, "data": {"train": str(tmp_path / "x.jsonl"), "test": 10}}
-    made |= {"model": {"from": str(tmp_path / "backbone")}, "trainer": {"output_dir": str(tmp_path / "out"), "max_steps": 1, "bf16": False}}
-    finetune(FinetuneRecipe.of(made), quiet=True)
-    assert set(asked) == {9}  # of two classes of ten or so each, rounded down
-
-
-def test_each_seed_has_its_own_order(shared_dir, tmp_path, monkeypatch):
-    saved_backbone("bert", token_set(shared_dir), tmp_path / "backbone", 32)
-    rows = [{"text": f"{text} {n}", "label": n % 2} for n, text in enumerate(sentences(40))]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    orders, few = [], curve.Few
-    monkeypatch.setattr(curve, "Few", lambda *of: orders.append([few(*of)._at(i) for i in range(8)]) or few(*of))
-    made = {"task": {"name": "sentiment", "labels": [8], "seeds": 2}, "data": {"train": str(tmp_path / "x.jsonl"), "test": 10}}
-    made |= {"model": {"from": str(tmp_path / "backbone")}, "trainer": {"output_dir": str(tmp_path / "out"), "max_steps": 1, "bf16": False}}
-    finetune(FinetuneRecipe.of(made), quiet=True)
-    assert orders[0] == orders[1] != orders[2] == orders[3]
 
 
 def test_slow_positions_do_not_decay():

@@ -205,8 +205,7 @@ def stock(
             flags = {"use_cpu": True, **({"bf16": True, "torch_compile": True} if best_on_cpu else {})}
         args = transformers.TrainingArguments(
             str(Path(folder).parent / f"stock-{kind}"), max_steps=steps, per_device_train_batch_size=rows // pieces, gradient_accumulation_steps=pieces,
-            learning_rate=rate, seed=seed, lr_scheduler_type="linear",
-            warmup_steps=steps // 20,
+            learning_rate=rate, seed=seed, lr_scheduler_type="linear", warmup_steps=steps // 20,
             weight_decay=0.01, logging_steps=max(1, steps // 20), save_strategy="no", report_to="none", disable_tqdm=True, **flags,
         )  # fmt: skip
         collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=kind == "masked", mlm_probability=0.15)

@@ -212,7 +212,7 @@ def senseless(value: Any) -> bool:
     return isinstance(value, list | dict) or value in ("", " ", "x", -1, -0.5) or value is None or value != value
 
 
-DRILL = Drill("R11 config fuzz", ours, peer, (60, 500), (20, 60), slice=4)
+DRILL = Drill("R11 config fuzz", ours, peer, (60, 500), (20, 60), slice=6)
 
 if __name__ == "__main__":
     DRILL.main()
